@@ -1,0 +1,196 @@
+"""What the command line prints: quotes, bars, symbols and events, as text."""
+
+import csv
+import json
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from quantplane import v1 as pb
+from quantplane.files import BAR_FIELDS, EPOCH, QUOTE_FIELDS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Rows at either end of a table that is too long to be shown whole.
+END_ROWS = 20
+
+BarRow = dict[str, Any]  # symbol and the fields of a bar; None where unknown
+
+
+def iso(time: Timestamp) -> str:
+    """Return the time in UTC with all nanoseconds, as `2020-01-01T22:00:00.0...Z`."""
+    second = EPOCH + timedelta(seconds=time.seconds)
+    return f"{second:%Y-%m-%dT%H:%M:%S}.{time.nanos:09}Z"
+
+
+def brief(time: Timestamp) -> str:
+    """Return the time in UTC without the zeros behind its seconds."""
+    return iso(time).rstrip("Z").rstrip("0").rstrip(".") + "Z"
+
+
+def quote_json(quote: pb.Quote) -> str:
+    """Return the quote as a line of JSON, its prices bit for bit."""
+    fields: dict[str, Any] = {"symbol": quote.symbol, "time": iso(quote.time)}
+    for name in QUOTE_FIELDS[1:]:
+        fields[name] = getattr(quote, name) if quote.HasField(name) else None
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def quote_line(quote: pb.Quote) -> str:
+    def shown(name: Any) -> str:
+        return repr(getattr(quote, name)) if quote.HasField(name) else "-"
+
+    return (
+        f"{iso(quote.time)}  {quote.symbol:<12} "
+        f"{shown('bid'):>12} {shown('ask'):>12} "
+        f"{shown('bid_size'):>9} x {shown('ask_size'):<9} {shown('last'):>12}"
+    ).rstrip()
+
+
+def event_lines(event: pb.StreamEvent) -> Iterator[str]:
+    """Yield what a person who watches a stream should know of this event."""
+    for key in event.subscribed.keys:
+        if key.state == pb.KEY_STATE_NO_DATA:
+            yield f"{key.key}: nothing was published yet; is the symbol right?"
+    if event.HasField("gap"):
+        cause = pb.GapCause.Name(event.gap.cause).removeprefix("GAP_CAUSE_").lower()
+        start = iso(event.gap.start_time) if event.gap.HasField("start_time") else "?"
+        yield f"gap from {start} to {iso(event.gap.end_time)}: {cause}"
+
+
+def bar_rows(chunk: pb.BarColumns) -> Iterator[BarRow]:
+    columns = [_cells(chunk, name) for name in BAR_FIELDS[1:]]
+    for time_us, *cells in zip(chunk.time_us, *columns, strict=True):
+        time = Timestamp()
+        time.FromMicroseconds(time_us)
+        yield {
+            "symbol": chunk.symbol,
+            "time": time,
+            **dict(zip(BAR_FIELDS[1:], cells, strict=True)),
+        }
+
+
+def _cells(chunk: pb.BarColumns, name: str) -> list[Any]:
+    """Return a column with None for what is unknown: NaN, -1, or all of it."""
+    values = getattr(chunk, name)
+    return [
+        None if math.isnan(value) or (value == -1 and isinstance(value, int)) else value
+        for value in values
+    ] or [None] * len(chunk.time_us)
+
+
+def _microseconds(time: Timestamp) -> str:
+    return iso(time).removesuffix("000Z") + "Z"
+
+
+class BarWriter(Protocol):
+    def write(self, rows: Iterable[BarRow]) -> None: ...
+    def close(self) -> None: ...
+
+
+class CsvBars:
+    """Prints every bar; `quantplane import bars` reads it again as it is."""
+
+    def __init__(self, out: IO[str]) -> None:
+        self._csv = csv.DictWriter(out, ["symbol", *BAR_FIELDS], lineterminator="\n")
+        self._csv.writeheader()
+
+    def write(self, rows: Iterable[BarRow]) -> None:
+        self._csv.writerows({**row, "time": _microseconds(row["time"])} for row in rows)
+
+    def close(self) -> None:
+        pass
+
+
+class JsonBars:
+    """Prints every bar as a line of JSON."""
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out = out
+
+    def write(self, rows: Iterable[BarRow]) -> None:
+        for row in rows:
+            fields = {**row, "time": _microseconds(row["time"])}
+            self._out.write(json.dumps(fields, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        pass
+
+
+class TableBars:
+    """Prints a table, without the middle of a long one or any empty column."""
+
+    def __init__(self, out: IO[str], title: str) -> None:
+        self._out = out
+        self._title = title
+        self._count = 0
+        self._head: list[BarRow] = []
+        self._tail: deque[BarRow] = deque(maxlen=END_ROWS)
+
+    def write(self, rows: Iterable[BarRow]) -> None:
+        for row in rows:
+            self._count += 1
+            if len(self._head) < END_ROWS:
+                self._head.append(row)
+            else:
+                self._tail.append(row)
+
+    def close(self) -> None:
+        rows = [*self._head, *self._tail]
+        names = [
+            name for name in BAR_FIELDS if any(row[name] is not None for row in rows)
+        ]
+        table = _table(self._title, *names)
+        hidden = self._count - len(rows)
+        for place, row in enumerate(rows):
+            if hidden and place == END_ROWS:
+                _add_row(table, *["..." for _ in names])
+            _add_row(table, *(_shown(row[name]) for name in names))
+        if hidden:
+            table.caption = f"{hidden:,} of {self._count:,} bars are not shown: see --csv and --json"
+        _print(self._out, table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Timestamp):
+        return brief(value)
+    return "" if value is None else repr(value)
+
+
+def print_symbols(out: IO[str], symbols: Iterable[pb.Symbol]) -> None:
+    table = _table("Recorded symbols", "symbol", "first", "last")
+    for symbol in symbols:
+        first, last = brief(symbol.first_time), brief(symbol.last_time)
+        _add_row(table, symbol.symbol, first, last)
+    _print(out, table)
+
+
+def _table(title: str, *names: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    for name in names:
+        is_text = name in ("symbol", "time", "first", "last")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
+    return table
+
+
+def _add_row(table: "Table", *cells: str) -> None:
+    from rich.text import Text
+
+    # A symbol may have brackets, which are no markup.
+    table.add_row(*map(Text, cells))
+
+
+def _print(out: IO[str], table: "Table") -> None:
+    from rich.console import Console
+
+    # A pipe has no width that cells would have to be cut to.
+    Console(file=out, width=None if out.isatty() else 250).print(table)

@@ -1,0 +1,3 @@
+from quantplane_server.cli import app
+
+app()

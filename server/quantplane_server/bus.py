@@ -1,0 +1,284 @@
+"""The bus: keyed records in sharded Redis Streams, the write-ahead buffer of quotes.
+
+A record is one serialised item, framed as a field of a repeated protobuf field, so
+that records joined together are a message. An entry holds the records of many keys;
+its positions are numbered without gaps within an epoch. `bus.lua` has the atomic
+steps; this module gives them names.
+"""
+
+import zlib
+from collections.abc import AsyncIterator, Iterable, Mapping
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError, ResponseError, TimeoutError
+
+SHARDS = 16
+UNAVAILABLE = (ConnectionError, TimeoutError)
+
+FEED_TTL_S = 30 * 24 * 3600  # a feed unheard of for so long starts its numbers anew
+PAGE_ENTRIES = 64  # read per round trip by a reader that catches up
+BLOCK_MS = 5_000
+RECORDED = "quantplane:recorded"
+
+
+class Position(NamedTuple):
+    """A place in a shard: after entry `number` of `epoch`. 0-0 is before the first."""
+
+    epoch: int
+    number: int
+
+    @classmethod
+    def parse(cls, text: bytes) -> "Position":
+        epoch, _, number = text.partition(b"-")
+        return cls(int(epoch), int(number))
+
+    def __str__(self) -> str:
+        return f"{self.epoch}-{self.number}"
+
+    def precedes(self, entry: "Position") -> bool:
+        """Tell whether no entry lies between this position and that of `entry`."""
+        same = self.epoch == entry.epoch or self == START
+        return same and entry.number == self.number + 1
+
+
+START = Position(0, 0)
+
+
+class Entry(NamedTuple):
+    position: Position
+    appended: int  # bytes ever appended to the shard, this entry included
+    parts: dict[bytes, bytes]  # key -> its records, joined
+
+
+class FeedLease(NamedTuple):
+    """What the bus knew of a feed when it opened."""
+
+    name: str
+    sessions: list[int]  # per shard
+    lasts: list[int]  # per shard: the last batch it holds
+    accepted_through: int  # every batch to here is on all its shards
+
+
+class Round(NamedTuple):
+    """The batches that are appended in one step: one entry per shard."""
+
+    last: int  # the last batch in it
+    firsts: dict[int, int]  # shard -> the first batch in it
+    parts: dict[int, dict[bytes, list[bytes]]]  # shard -> key -> records
+
+
+class Mark(NamedTuple):
+    """How far a shard is recorded, and what need not be kept any longer."""
+
+    shard: int
+    position: Position
+    appended: int  # bytes ever appended up to there
+    trim_before: Position | None = None
+
+
+class Full(Exception):
+    """The bus holds as much as it may that the database does not have."""
+
+
+class Replaced(Exception):
+    """A newer session of the feed has begun."""
+
+
+class Forgotten(Exception):
+    """The bus lost its state since the session began: open the feed again."""
+
+
+def shard_of(key: bytes) -> int:
+    return zlib.crc32(key) % SHARDS
+
+
+def by_shard(keys: Iterable[bytes]) -> dict[int, list[bytes]]:
+    groups: dict[int, list[bytes]] = {}
+    for key in keys:
+        groups.setdefault(shard_of(key), []).append(key)
+    return groups
+
+
+class Bus:
+    """A connection to the bus. Raises UNAVAILABLE's errors while it is away."""
+
+    def __init__(self, url: str, cap_bytes: int) -> None:
+        self._url = url
+        self._cap_bytes = cap_bytes  # per shard, unrecorded
+        self._redis = _client(url, socket_timeout=5)
+        self._source = files("quantplane_server").joinpath("bus.lua").read_text()
+
+    async def open(self) -> None:
+        await self._redis.function_load(self._source, replace=True)
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def ping(self) -> None:
+        await self._redis.ping()
+
+    async def open_feed(self, name: str) -> FeedLease:
+        """Begin a session of the feed and end all others."""
+        replies = await self._calls(
+            ("quantplane_open_feed", _keys(shard, "meta", f"feed:{name}"), ())
+            for shard in range(SHARDS)
+        )
+        sessions, lasts, throughs, _ = zip(*replies, strict=True)
+        return FeedLease(name, list(sessions), list(lasts), max(throughs))
+
+    async def append(
+        self, lease: FeedLease, batches: Round, through: int
+    ) -> dict[int, Position]:
+        """Append a round and return the positions, by shard, that contain it.
+
+        `through` is the last batch known to be on all its shards. To append a round
+        again is safe. Raises Full, Replaced or Forgotten; some shards may have it.
+        """
+        calls = []
+        for shard, parts in batches.parts.items():
+            args: list[Any] = [lease.sessions[shard], batches.firsts[shard]]
+            args += [batches.last, through, self._cap_bytes, FEED_TTL_S]
+            for key, records in parts.items():
+                args += [key, b"".join(records[:-1]), records[-1]]
+            keys = _keys(shard, "meta", "stream", "latest", f"feed:{lease.name}")
+            calls.append(("quantplane_append", keys, args))
+        positions = {}
+        full = False
+        replies = await self._calls(calls)
+        for shard, (status, position) in zip(batches.parts, replies, strict=True):
+            if status == b"REPLACED":
+                raise Replaced
+            if status == b"FORGOTTEN":
+                raise Forgotten
+            if status == b"FULL":
+                full = True
+            else:
+                positions[shard] = Position.parse(position)
+        if full:
+            raise Full
+        return positions
+
+    async def heads(self, shards: Iterable[int]) -> dict[int, Position]:
+        """Return the positions of the last entries."""
+        shards = list(shards)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for shard in shards:
+                pipe.hmget(_key(shard, "meta"), "epoch", "number")
+            states = await pipe.execute()
+        return {
+            shard: Position(int(epoch or 0), int(number or 0))
+            for shard, (epoch, number) in zip(shards, states, strict=True)
+        }
+
+    async def snapshot(
+        self, keys: Iterable[bytes]
+    ) -> tuple[dict[int, Position], dict[bytes, bytes]]:
+        """Return the latest record of each key that has one, and as of where."""
+        groups = by_shard(keys)
+        replies = await self._calls(
+            ("quantplane_snapshot", _keys(shard, "meta", "latest"), group)
+            for shard, group in groups.items()
+        )
+        positions = {}
+        records: dict[bytes, bytes] = {}
+        for (shard, group), (position, found) in zip(
+            groups.items(), replies, strict=True
+        ):
+            positions[shard] = Position.parse(position)
+            pairs = zip(group, found, strict=True)
+            records.update((key, record) for key, record in pairs if record)
+        return positions, records
+
+    async def read(self, shard: int, after: Position) -> list[Entry]:
+        """Return the next entries, at most PAGE_ENTRIES."""
+        raw = await self._redis.xrange(
+            _key(shard, "stream"), min=f"({after}", count=PAGE_ENTRIES
+        )
+        return [_entry(*item) for item in raw]
+
+    async def follow(
+        self, positions: Mapping[int, Position]
+    ) -> AsyncIterator[tuple[int, list[Entry]]]:
+        """Yield the entries after `positions`, by shard, as they come.
+
+        The caller moves the positions on before it asks for more.
+        """
+        shards = {_key(shard, "stream").encode(): shard for shard in positions}
+        client = _client(self._url, single_connection_client=True)
+        try:
+            while True:
+                places: Any = {
+                    key: str(positions[shard]) for key, shard in shards.items()
+                }
+                reply = await client.xread(places, count=256, block=BLOCK_MS)
+                for key, raw in reply:
+                    yield shards[key], [_entry(*item) for item in raw]
+        finally:
+            await client.aclose()
+
+    async def mark_recorded(self, marks: Iterable[Mark]) -> None:
+        """Tell every server what the database has; drop what no one needs."""
+        await self._calls(
+            (
+                "quantplane_mark_recorded",
+                _keys(mark.shard, "meta", "stream"),
+                [
+                    *(str(mark.position), mark.appended, str(mark.trim_before or "")),
+                    *(RECORDED, f"{mark.shard} {mark.position}"),
+                ],
+            )
+            for mark in marks
+        )
+
+    async def follow_recorded(self) -> AsyncIterator[tuple[int, Position]]:
+        """Yield what is recorded, by shard: all that is known, then each change."""
+        async with _client(self._url).pubsub() as pubsub:
+            await pubsub.subscribe(RECORDED)
+            for shard in range(SHARDS):
+                known = await self._redis.hget(_key(shard, "meta"), "position")
+                if known:
+                    yield shard, Position.parse(known)
+            async for message in pubsub.listen():
+                if message["type"] == "message":
+                    shard, _, position = message["data"].partition(b" ")
+                    yield int(shard), Position.parse(position)
+
+    async def _calls(
+        self, calls: Iterable[tuple[str, list[str], Iterable[Any]]]
+    ) -> list[Any]:
+        """Call functions in one round trip, loading them where they are missing."""
+        calls = list(calls)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for name, keys, args in calls:
+                pipe.fcall(name, len(keys), *keys, *args)
+            replies = await pipe.execute(raise_on_error=False)
+        for error in replies:
+            if isinstance(error, ResponseError) and "not found" in str(error):
+                await self.open()
+                return await self._calls(calls)
+            if isinstance(error, Exception):
+                raise error
+        return replies
+
+
+def _client(url: str, **options: Any) -> redis.Redis:
+    # RESP2 parses faster; whoever calls knows better when to try again.
+    return redis.Redis.from_url(
+        url, protocol=2, retry=Retry(NoBackoff(), 0), **options
+    )
+
+
+def _key(shard: int, name: str) -> str:
+    return f"quantplane:{{q{shard}}}:{name}"
+
+
+def _keys(shard: int, *names: str) -> list[str]:
+    return [_key(shard, name) for name in names]
+
+
+def _entry(position: bytes, parts: dict[bytes, bytes]) -> Entry:
+    return Entry(Position.parse(position), int(parts.pop(b"")), parts)

@@ -1,0 +1,90 @@
+"""What every slice's checks.py stands on: rules collected, refused all at once."""
+
+import math
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from quantplane_server.errors import InvalidRequest, Violation
+
+EARLIEST_S = -2_208_988_800  # 1900-01-01
+AHEAD_S = 86_400
+
+SYMBOL = "must be 1 to 64 printable characters without leading or trailing space"
+TIME = "must lie between 1900-01-01 and one day ahead of the server's clock"
+BOUND = "must lie between the years 1900 and 9999"
+PRICE = "must be finite"
+COUNT = "must be at least 0"
+
+
+class Checks:
+    """Collects the violations of one request.
+
+    with Checks() as check:
+        check(request.quantity > 0, "quantity", "must be above 0")
+
+    Raises InvalidRequest at the end of the block, with everything that was found.
+    """
+
+    def __init__(self, **metadata: object) -> None:
+        self._metadata = metadata
+        self._violations: list[Violation] = []
+
+    def __call__(self, kept: bool, field: str, rule: str) -> None:
+        if not kept:
+            self._violations.append((field, rule))
+
+    def __enter__(self) -> "Checks":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._violations and kind is None:
+            raise InvalidRequest(self._violations, **self._metadata)
+
+    def symbols(self, symbols: Iterable[str], field: str, at_most: int) -> None:
+        symbols = list(symbols)
+        self(0 < len(symbols) <= at_most, field, f"must be 1 to {at_most:,} symbols")
+        for i, symbol in enumerate(symbols[: at_most + 1]):
+            self(is_name(symbol), f"{field}[{i}]", SYMBOL)
+
+    def duration(
+        self, value: Duration, field: str, least_s: float, most_s: float
+    ) -> None:
+        inside = least_s <= seconds(value) <= most_s
+        self(inside, field, f"must be {least_s:g} to {most_s:g} s")
+
+
+def is_name(text: str) -> bool:
+    """Tell whether this can be a symbol, or the name of a feed."""
+    return 0 < len(text) <= 64 and text.isprintable() and text == text.strip()
+
+
+def is_time(stamp: Timestamp) -> bool:
+    latest = time.time() + AHEAD_S
+    return EARLIEST_S <= stamp.seconds <= latest and 0 <= stamp.nanos < 1_000_000_000
+
+
+def is_bound(stamp: Timestamp) -> bool:
+    """Tell whether this can bound a range of times: any time of the calendar."""
+    latest = 253_402_300_800  # the year 10000
+    return EARLIEST_S <= stamp.seconds < latest and 0 <= stamp.nanos < 1_000_000_000
+
+
+def is_price(value: float) -> bool:
+    return math.isfinite(value)
+
+
+def seconds(value: Duration) -> float:
+    return value.seconds + value.nanos / 1e9
+
+
+def time_us(stamp: Timestamp) -> int:
+    """Return microseconds since 1970, what the database keeps of a time."""
+    return stamp.seconds * 1_000_000 + stamp.nanos // 1_000
+
+
+def to_datetime(stamp_us: int) -> datetime:
+    return datetime.fromtimestamp(0, UTC) + timedelta(microseconds=stamp_us)

@@ -1,0 +1,172 @@
+"""The command quantplane-server."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvloop
+from pydantic import ValidationError
+
+from quantplane_server import db as databases
+from quantplane_server import bus as buses
+from quantplane_server.config import Settings
+from quantplane_server.embedded import EmbeddedError, Postgres, Valkey
+from quantplane_server.main import recording, serving
+from quantplane_server.migrate import SchemaOutdated, upgrade
+from quantplane_server.processes import READY, Child
+
+app = typer.Typer(
+    name="quantplane-server",
+    help="The quantplane server: one gRPC endpoint for market data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Listen = Annotated[
+    str | None, typer.Option("--listen", metavar="HOST:PORT", help="Where to serve.")
+]
+Workers = Annotated[
+    int, typer.Option("--workers", min=1, help="Processes that share the port.")
+]
+UntilEof = Annotated[bool, typer.Option("--until-eof", hidden=True)]
+
+
+@app.command()
+def up(
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Add a simulated feed and a live view.")
+    ] = False,
+    ephemeral: Annotated[
+        bool, typer.Option("--ephemeral", help="Keep nothing after the end.")
+    ] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Where PostgreSQL and Valkey keep their data.")
+    ] = None,
+    listen: Listen = None,
+    workers: Workers = 1,
+) -> None:
+    """Start everything: PostgreSQL, Valkey, migrations, the server."""
+    settings = _settings(data_dir=data_dir, listen=listen)
+    _run(_up(settings, ephemeral, workers, demo))
+
+
+@app.command()
+def serve(
+    listen: Listen = None,
+    workers: Workers = 1,
+    share_port: Annotated[bool, typer.Option("--share-port", hidden=True)] = False,
+    until_eof: UntilEof = False,
+) -> None:
+    """Serve from the PostgreSQL and Redis that QUANTPLANE_* settings name."""
+    settings = _settings(listen=listen)
+    if share_port:
+        _run(_stay(serving(settings, share_port=True), until_eof))
+    else:
+        _run(_stay(_served(settings, workers), until_eof))
+
+
+@app.command()
+def record(until_eof: UntilEof = False) -> None:
+    """Only record what is on the bus; `serve` does it too."""
+    _run(_stay(recording(_settings()), until_eof))
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database's schema to what this server needs."""
+    settings = _settings()
+    if not settings.postgres_dsn:
+        _fail("QUANTPLANE_POSTGRES_DSN must name the database to migrate")
+    _run(_migrate(settings.postgres_dsn))
+
+
+async def _up(settings: Settings, ephemeral: bool, workers: int, demo: bool) -> None:
+    async with AsyncExitStack() as stack:
+        folder = None if ephemeral else settings.data_dir
+        found = {}
+        if not settings.postgres_dsn:
+            postgres = await stack.enter_async_context(Postgres(folder))
+            found["postgres_dsn"] = postgres.dsn
+        if not settings.redis_url:
+            valkey = await stack.enter_async_context(Valkey(folder))
+            found["redis_url"] = valkey.url
+        settings = settings.model_copy(update=found)
+        assert settings.postgres_dsn
+        await upgrade(settings.postgres_dsn)
+        await _stay(_served(settings, workers), until_eof=False)
+
+
+@asynccontextmanager
+async def _served(settings: Settings, workers: int) -> AsyncIterator[str]:
+    """Serve and record: one process that serves, or several, and one that records."""
+    environment = {
+        f"QUANTPLANE_{name.upper()}": str(value)
+        for name, value in settings.model_dump().items()
+        if value is not None
+    }
+    async with AsyncExitStack() as stack:
+        recorder = Child("record", environment=environment)
+        await stack.enter_async_context(recorder.running())
+        if workers == 1:
+            yield await stack.enter_async_context(serving(settings))
+            return
+        for _ in range(workers):
+            worker = Child("serve", "--share-port", environment=environment)
+            await stack.enter_async_context(worker.running())
+        yield settings.listen
+
+
+async def _stay(context: Any, until_eof: bool) -> None:
+    """Enter `context`, say so, and leave it when told to stop."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    if until_eof:
+
+        def end() -> None:
+            loop.remove_reader(sys.stdin)
+            stopped.set()
+
+        loop.add_reader(sys.stdin, end)
+    async with context as address:
+        print(f"{READY}{address or 'the bus'}", flush=True)
+        await stopped.wait()
+
+
+def _settings(**given: object) -> Settings:
+    try:
+        return Settings(**{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        _fail(f"QUANTPLANE_{str(first['loc'][0]).upper()}: {first['msg']}")
+
+
+async def _migrate(dsn: str) -> None:
+    print("schema at", await upgrade(dsn))
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    """Run to the end; what a person can mend is one sentence, not a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s")
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main)
+    except KeyboardInterrupt:
+        pass
+    except (EmbeddedError, SchemaOutdated, RuntimeError, ValueError) as error:
+        _fail(str(error))
+    except (*databases.UNAVAILABLE, *buses.UNAVAILABLE) as error:
+        _fail(f"a backend can't be reached: {error}")
+
+
+def _fail(message: str) -> Any:
+    print(f"quantplane-server: {message}", file=sys.stderr)
+    raise typer.Exit(1)

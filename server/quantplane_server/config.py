@@ -1,0 +1,31 @@
+"""Settings: read once from QUANTPLANE_* variables, overridden by command-line flags."""
+
+from pathlib import Path
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What a server can be told. Each field is the variable QUANTPLANE_<FIELD>."""
+
+    model_config = SettingsConfigDict(env_prefix="quantplane_", extra="ignore")
+
+    listen: str = "127.0.0.1:50051"
+    """Host and port; port 0 takes a free one."""
+    postgres_dsn: str | None = None
+    """A real server's. None: `up` brings its own."""
+    redis_url: str | None = None
+    """A real server's (Valkey 8, Redis 7 or newer). None: `up` brings its own."""
+    data_dir: Path = Path(".quantplane")
+    """Where `up` keeps its own PostgreSQL and Valkey."""
+    pool_size: PositiveInt = 10
+    """Connections to PostgreSQL, per process."""
+    window_mb: PositiveInt = 512
+    """Recorded quotes that stay on the bus for readers that fall behind or come back."""
+    cap_mb: PositiveInt = Field(default=2048)
+    """Quotes on the bus that are not recorded yet; beyond, feeds are held back."""
+    max_streams: PositiveInt = 10_000
+    """Streams of quotes per process."""
+    grace_s: PositiveFloat = 10.0
+    """How long a stopping server waits for its calls to finish."""

@@ -1,0 +1,134 @@
+"""The database: a pool of connections, and which edition of it this is."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from enum import StrEnum
+from typing import Literal, Self, TypeAlias
+
+import asyncpg
+import asyncpg.pool
+
+Connection: TypeAlias = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
+Isolation: TypeAlias = Literal["read_committed", "repeatable_read"]
+
+# What to catch around `connection` or `transaction`, not inside of them, to learn
+# that the database is away and a later try may succeed. OSError covers refused,
+# reset and missing sockets, and TimeoutError.
+UNAVAILABLE: tuple[type[Exception], ...] = (
+    OSError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.TooManyConnectionsError,
+)
+
+EDITION = """
+    SELECT CASE
+        WHEN NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'timescaledb')
+            THEN 'plain'
+        WHEN current_setting('timescaledb.license', true) = 'timescale'
+            THEN 'community'
+        ELSE 'apache'
+    END
+"""
+
+
+class Edition(StrEnum):
+    """What the database can do, from the least to the most."""
+
+    PLAIN = "plain"
+    """PostgreSQL alone."""
+
+    APACHE = "apache"
+    """TimescaleDB's hypertables, without its policies and aggregates."""
+
+    COMMUNITY = "community"
+    """All of TimescaleDB."""
+
+
+class Database:
+    """Connections to one PostgreSQL database, replaced when they are lost."""
+
+    def __init__(
+        self, pool: asyncpg.Pool, edition: Edition, acquire_timeout_s: float
+    ) -> None:
+        self.edition = edition
+        self._pool = pool
+        self._acquire_timeout_s = acquire_timeout_s
+
+    @classmethod
+    async def open(
+        cls, dsn: str, pool_size: int = 10, acquire_timeout_s: float = 10
+    ) -> Self:
+        """Connect, and find out the edition. Raises one of UNAVAILABLE if away.
+
+        Waiting longer than `acquire_timeout_s` for a free connection raises
+        TimeoutError, which callers meet as an unavailable database.
+        """
+        pool = await asyncpg.create_pool(
+            dsn,
+            min_size=0,  # a floor would be tried, and logged, while PostgreSQL is away
+            max_size=pool_size,
+            timeout=acquire_timeout_s,
+            server_settings={"timezone": "UTC", "application_name": "quantplane"},
+        )
+        try:
+            edition = Edition(await pool.fetchval(EDITION))
+        except BaseException:
+            pool.terminate()
+            raise
+        return cls(pool, edition, acquire_timeout_s)
+
+    async def close(self) -> None:
+        """Wait until every connection has been given back, then close them."""
+        await self._pool.close()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A connection in autocommit mode: each statement is its own transaction."""
+        async with self._pool.acquire(timeout=self._acquire_timeout_s) as connection:
+            try:
+                yield connection
+            except asyncpg.InterfaceError as error:
+                # asyncpg raises it for a caller's mistake too, which no later try
+                # would mend.
+                if _lost(connection):
+                    raise ConnectionResetError("the connection was lost") from error
+                raise
+
+    @asynccontextmanager
+    async def transaction(
+        self, isolation: Isolation = "read_committed", readonly: bool = False
+    ) -> AsyncIterator[Connection]:
+        """A connection in a transaction: committed at the end, or undone by an error.
+
+        With `repeatable_read` every statement sees the same snapshot.
+        """
+        async with (
+            self.connection() as connection,
+            connection.transaction(isolation=isolation, readonly=readonly),
+        ):
+            yield connection
+
+    async def ping(self) -> None:
+        """Return if the database answers."""
+        async with self.connection() as connection:
+            await connection.execute("SELECT 1")
+
+    async def schema_revision(self) -> str | None:
+        """The revision that migrations have brought the schema to, if any."""
+        async with self.connection() as connection:
+            if await connection.fetchval("SELECT to_regclass('alembic_version')"):
+                revision: str | None = await connection.fetchval(
+                    "SELECT version_num FROM alembic_version"
+                )
+                return revision
+            return None
+
+
+def _lost(connection: Connection) -> bool:
+    try:
+        return bool(connection.is_closed())
+    except asyncpg.InterfaceError:  # the pool has taken a lost connection back
+        return True

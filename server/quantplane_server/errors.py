@@ -1,0 +1,190 @@
+"""The errors that cross the wire: one gRPC code and one documented reason each.
+
+QuantplaneError
+├── InvalidRequest       INVALID_ARGUMENT    INVALID_FIELD, with every violation
+├── InvalidResumeToken   INVALID_ARGUMENT    INVALID_RESUME_TOKEN
+├── InvalidPageToken     INVALID_ARGUMENT    INVALID_PAGE_TOKEN
+├── OutOfOrder           INVALID_ARGUMENT    OUT_OF_ORDER
+├── Compacted            OUT_OF_RANGE        COMPACTED
+├── UnknownSymbol        NOT_FOUND           UNKNOWN_SYMBOL
+├── FeedReplaced         ABORTED             FEED_REPLACED
+├── TooManyStreams       RESOURCE_EXHAUSTED  TOO_MANY_STREAMS
+├── Draining             UNAVAILABLE         DRAINING
+├── BackendUnavailable   UNAVAILABLE         BACKEND_UNAVAILABLE
+└── InternalError        INTERNAL            INTERNAL
+
+The reasons are documented, with cause and cure, in protos/quantplane/v1/errors.proto.
+"""
+
+from collections.abc import Sequence
+
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc import StatusCode
+
+from quantplane import v1 as pb
+
+DOMAIN = "quantplane"
+
+Violation = tuple[str, str]  # field, rule
+
+
+class QuantplaneError(Exception):
+    """An error whose text is meant for the caller."""
+
+    code: StatusCode
+    reason: "pb.ErrorReason.ValueType"
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message)
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+    def details(self) -> list[any_pb2.Any]:
+        """Return the google.rpc details, the ErrorInfo first."""
+        name = pb.ErrorReason.Name(self.reason).removeprefix("ERROR_REASON_")
+        info = error_details_pb2.ErrorInfo(
+            reason=name, domain=DOMAIN, metadata=self.metadata
+        )
+        return [_packed(info)]
+
+    def status(self) -> status_pb2.Status:
+        """Return this error as google.rpc.Status."""
+        number = code_pb2.Code.Value(self.code.name)
+        return status_pb2.Status(
+            code=number, message=str(self), details=self.details()
+        )
+
+
+class InvalidRequest(QuantplaneError):
+    """Fields of a request break their documented rules."""
+
+    code = StatusCode.INVALID_ARGUMENT
+    reason = pb.ERROR_REASON_INVALID_FIELD
+
+    SHOWN = 50  # violations listed at most: the answer must stay a small message
+
+    def __init__(
+        self, violations: Sequence[Violation], **metadata: object
+    ) -> None:
+        self.violations = violations[: self.SHOWN]
+        text = "; ".join(f"{field}: {rule}" for field, rule in self.violations[:5])
+        more = len(violations) - 5
+        super().__init__(text + (f"; and {more} more" if more > 0 else ""), **metadata)
+
+    def details(self) -> list[any_pb2.Any]:
+        request = error_details_pb2.BadRequest()
+        for field, rule in self.violations:
+            request.field_violations.add(field=field, description=rule)
+        return [*super().details(), _packed(request)]
+
+
+class InvalidResumeToken(QuantplaneError):
+    code = StatusCode.INVALID_ARGUMENT
+    reason = pb.ERROR_REASON_INVALID_RESUME_TOKEN
+
+    def __init__(self) -> None:
+        super().__init__(
+            "resume_token: damaged, or made for another request; "
+            "subscribe without it and read the past with start_time"
+        )
+
+
+class InvalidPageToken(QuantplaneError):
+    code = StatusCode.INVALID_ARGUMENT
+    reason = pb.ERROR_REASON_INVALID_PAGE_TOKEN
+
+    def __init__(self) -> None:
+        super().__init__(
+            "page_token: damaged, or made for another query; ask for the first page"
+        )
+
+
+class OutOfOrder(QuantplaneError):
+    """A stream's messages came in an order that has no meaning."""
+
+    code = StatusCode.INVALID_ARGUMENT
+    reason = pb.ERROR_REASON_OUT_OF_ORDER
+
+
+class Compacted(QuantplaneError):
+    """What a reader asks for has left the bus."""
+
+    code = StatusCode.OUT_OF_RANGE
+    reason = pb.ERROR_REASON_COMPACTED
+
+    def __init__(self, cause: "pb.GapCause.ValueType", **metadata: object) -> None:
+        self.cause = cause
+        super().__init__(
+            "what follows the resume token is no longer on the bus; subscribe "
+            "without it and read the past with start_time",
+            cause=pb.GapCause.Name(cause).removeprefix("GAP_CAUSE_"),
+            **metadata,
+        )
+
+
+class UnknownSymbol(QuantplaneError):
+    code = StatusCode.NOT_FOUND
+    reason = pb.ERROR_REASON_UNKNOWN_SYMBOL
+
+    def __init__(self, symbol: str) -> None:
+        super().__init__(
+            f"nothing was ever recorded under the symbol {symbol!r}; "
+            "ListSymbols lists those that have data",
+            symbol=symbol,
+        )
+
+
+class FeedReplaced(QuantplaneError):
+    code = StatusCode.ABORTED
+    reason = pb.ERROR_REASON_FEED_REPLACED
+
+    def __init__(self, feed: str) -> None:
+        super().__init__(
+            f"a newer connection publishes as feed {feed!r}; "
+            "give every feed a name of its own",
+            feed=feed,
+        )
+
+
+class TooManyStreams(QuantplaneError):
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = pb.ERROR_REASON_TOO_MANY_STREAMS
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"this server already holds {limit} streams, its limit; "
+            "close some, or use another server",
+            limit=limit,
+        )
+
+
+class Draining(QuantplaneError):
+    code = StatusCode.UNAVAILABLE
+    reason = pb.ERROR_REASON_DRAINING
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping; reconnect")
+
+
+class BackendUnavailable(QuantplaneError):
+    """The database or the bus is away."""
+
+    code = StatusCode.UNAVAILABLE
+    reason = pb.ERROR_REASON_BACKEND_UNAVAILABLE
+
+    def __init__(self) -> None:
+        super().__init__("the database or the bus can't be reached now; retry")
+
+
+class InternalError(QuantplaneError):
+    code = StatusCode.INTERNAL
+    reason = pb.ERROR_REASON_INTERNAL
+
+    def __init__(self) -> None:
+        super().__init__("internal error; the server's log has the details")
+
+
+def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> any_pb2.Any:
+    detail = any_pb2.Any()
+    detail.Pack(message)
+    return detail

@@ -1,0 +1,290 @@
+"""One reader of the bus per process, and the queues of its many subscribers.
+
+The fan-out follows the shards that its subscribers need. For each entry it works out
+once what each distinct set of keys gets of it, and pushes that to the queues of all
+subscribers with this set: a push never waits, so no subscriber holds up another.
+The two queues differ in what they do with a reader that is too slow:
+
+- Lossless drops what is pending and says `overflowed`; its reader then catches up from
+  the bus, at its own pace, and attaches again. It holds no memory meanwhile.
+- Latest keeps, per key, only the last record, and counts the ones it left out.
+"""
+
+import asyncio
+import logging
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import NamedTuple
+
+from quantplane.v1 import GAP_CAUSE_BUS_REBUILT, GAP_CAUSE_COMPACTED, GapCause
+from quantplane_server.bus import START, UNAVAILABLE, Bus, Entry, Position, shard_of
+
+logger = logging.getLogger(__name__)
+
+LOSSLESS_PENDING_BYTES = 4 << 20  # mostly shared: queues of one view refer to the same
+LATEST_PENDING_BYTES = 256 << 10
+TAKE_BYTES = 256 << 10  # a response of about this size
+RETRY_S = 0.2
+
+
+class Taken(NamedTuple):
+    """What a queue hands to its reader."""
+
+    parts: list[bytes]  # records, joined
+    positions: dict[int, Position]  # by shard: these parts reach to here
+    conflated: int  # records left out
+
+
+class Lossless:
+    """Every record, in order, or `overflowed`."""
+
+    def __init__(self) -> None:
+        self.overflowed = False
+        self._pending: deque[tuple[int, Position, bytes]] = deque()
+        self.bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._pending)
+
+    def push(self, shard: int, entry: Entry, part: bytes, keys: frozenset[bytes]) -> None:
+        if self.overflowed:
+            return
+        self.bytes += len(part)
+        if self.bytes > LOSSLESS_PENDING_BYTES:
+            self.clear()
+            self.overflowed = True
+        else:
+            self._pending.append((shard, entry.position, part))
+
+    def take(self) -> Taken:
+        parts: list[bytes] = []
+        positions = {}
+        size = 0
+        while self._pending and size < TAKE_BYTES:
+            shard, position, part = self._pending.popleft()
+            parts.append(part)
+            positions[shard] = position
+            size += len(part)
+        self.bytes -= size
+        return Taken(parts, positions, 0)
+
+    def clear(self) -> None:
+        self._pending.clear()
+        self.bytes = 0
+        self.overflowed = False
+
+
+class Latest:
+    """Every record while the reader keeps up, else the last one of each key."""
+
+    overflowed = False
+
+    def __init__(self, conflate_always: bool) -> None:
+        self._always = conflate_always
+        self.clear()
+
+    def __bool__(self) -> bool:
+        return bool(self._pending or self._latest)
+
+    def push(self, shard: int, entry: Entry, part: bytes, keys: frozenset[bytes]) -> None:
+        self._positions[shard] = entry.position
+        self._pending.append((entry, part, keys))
+        self.bytes += len(part)
+        if self._always or self._latest or self.bytes > LATEST_PENDING_BYTES:
+            self._conflate()
+
+    def take(self) -> Taken:
+        parts = list(self._latest.values()) or [part for _, part, _ in self._pending]
+        taken = Taken(parts, self._positions, self._conflated)
+        self.clear()
+        return taken
+
+    def clear(self) -> None:
+        self._pending: list[tuple[Entry, bytes, frozenset[bytes]]] = []
+        self._latest: dict[bytes, bytes] = {}
+        self._positions: dict[int, Position] = {}
+        self.bytes = 0  # pending
+        self._conflated = 0
+
+    def _conflate(self) -> None:
+        for entry, _, keys in self._pending:
+            for key in keys.intersection(entry.parts):
+                records = split(entry.parts[key])
+                self._conflated += len(records) - 1 + (key in self._latest)
+                self._latest[key] = records[-1]
+        self._pending.clear()
+        self.bytes = 0
+
+
+class Reader:
+    """A subscriber as the fan-out sees it: its keys, its queue, a bell."""
+
+    def __init__(self, queue: Lossless | Latest, ring: Callable[[], None]) -> None:
+        self.keys: frozenset[bytes] = frozenset()
+        self.queue = queue
+        self.ring = ring  # called after a push, and when something else happened
+        self.reached: dict[int, Position] = {}  # by shard: pushed or read to here
+        self.lost: GapCause.ValueType | None = None  # set: it can't go on from there
+
+    @property
+    def shards(self) -> set[int]:
+        return {shard_of(key) for key in self.keys}
+
+    def push(self, shard: int, entry: Entry, part: bytes) -> None:
+        if entry.position > self.reached[shard]:  # else it has read ahead of the tail
+            self.reached[shard] = entry.position
+            if part:
+                self.queue.push(shard, entry, part, self.keys)
+                self.ring()
+
+
+class View:
+    """A distinct set of keys and those who read it."""
+
+    def __init__(self, keys: frozenset[bytes]) -> None:
+        self.keys = keys
+        self.readers: set[Reader] = set()
+
+    def part(self, parts: dict[bytes, bytes], whole: bytes) -> bytes:
+        """Return what this view gets of an entry."""
+        keys = self.keys.intersection(parts)
+        if len(keys) == len(parts):
+            return whole
+        return b"".join([parts[key] for key in keys])
+
+
+class Fanout:
+    """Follows the bus for all readers of this process."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self.heads: dict[int, Position] = {}  # of the shards that are followed
+        self._views: dict[frozenset[bytes], View] = {}
+        self._by_key: dict[bytes, set[View]] = {}
+        self._wanted: Counter[int] = Counter()  # shard -> readers that need it
+        self._tail: asyncio.Task[None] | None = None
+
+    async def need(self, shards: set[int]) -> None:
+        """Follow these shards until they are released as often as they were needed."""
+        self._wanted.update(shards)
+        new = shards - self.heads.keys()
+        if new:
+            heads = await self._bus.heads(new)
+            self.heads.update({s: heads[s] for s in new - self.heads.keys()})
+            self._restart()
+
+    def release(self, shards: set[int]) -> None:
+        self._wanted.subtract(shards)
+        if not self._wanted.total():
+            self._stop()
+
+    def attach(self, reader: Reader) -> None:
+        """Push to `reader` from now on what comes after where it has reached."""
+        view = self._views.get(reader.keys)
+        if view is None:
+            view = self._views[reader.keys] = View(reader.keys)
+            for key in view.keys:
+                self._by_key.setdefault(key, set()).add(view)
+        view.readers.add(reader)
+
+    def detach(self, reader: Reader) -> None:
+        view = self._views.get(reader.keys)
+        if view is None or reader not in view.readers:
+            return
+        view.readers.remove(reader)
+        if not view.readers:
+            del self._views[view.keys]
+            for key in view.keys:
+                self._by_key[key].remove(view)
+                if not self._by_key[key]:
+                    del self._by_key[key]
+
+    def close(self) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._tail:
+            self._tail.cancel()
+            self._tail = None
+        self.heads.clear()
+
+    def _restart(self) -> None:
+        if self._tail:
+            self._tail.cancel()
+        for shard in [shard for shard in self.heads if not self._wanted[shard]]:
+            del self.heads[shard]
+        self._tail = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._check_heads()
+                async with aclosing(self._bus.follow(self.heads)) as entries:
+                    async for shard, page in entries:
+                        for entry in page:
+                            self._deliver(shard, entry)
+            except UNAVAILABLE as error:
+                logger.warning("the bus is away, trying again: %s", error)
+            except Exception:
+                logger.exception("following the bus failed, trying again")
+            await asyncio.sleep(RETRY_S)
+
+    async def _check_heads(self) -> None:
+        """Find shards that went back behind what was already delivered."""
+        for shard, head in (await self._bus.heads(self.heads)).items():
+            known = self.heads[shard]
+            if head < known or (head.epoch != known.epoch and known != START):
+                self.heads[shard] = head
+                self._lose(shard, GAP_CAUSE_BUS_REBUILT)
+
+    def _deliver(self, shard: int, entry: Entry) -> None:
+        if not self.heads[shard].precedes(entry.position):
+            self._lose(shard, GAP_CAUSE_COMPACTED)
+        self.heads[shard] = entry.position
+        views = {view for key in entry.parts for view in self._by_key.get(key, ())}
+        whole = b"".join(entry.parts.values()) if views else b""
+        for view in views:
+            part = view.part(entry.parts, whole)
+            for reader in view.readers:
+                reader.push(shard, entry, part)
+
+    def _lose(self, shard: int, cause: GapCause.ValueType) -> None:
+        for view in self._views.values():
+            for reader in view.readers:
+                if shard in reader.reached:
+                    reader.lost = cause
+                    reader.ring()
+
+
+def split(records: bytes) -> list[bytes]:
+    """Take joined records apart."""
+    found = []
+    start = 0
+    while start < len(records):
+        length = shift = 0
+        at = start + 1  # after the tag
+        while True:
+            byte = records[at]
+            at += 1
+            length |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        found.append(records[start : at + length])
+        start = at + length
+    return found
+
+
+def framed(message: bytes) -> bytes:
+    """Return a serialised item as a record: an element of repeated field 1."""
+    return b"\x0a" + varint(len(message)) + message
+
+
+def varint(value: int) -> bytes:
+    if value < 0x80:
+        return _SMALL[value]
+    return bytes((value & 0x7F | 0x80,)) + varint(value >> 7)
+
+
+_SMALL = [bytes((value,)) for value in range(0x80)]

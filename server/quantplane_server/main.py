@@ -1,0 +1,119 @@
+"""The composition root: what a server consists of, and how it starts and stops."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from quantplane.v1 import market_data_pb2, market_data_pb2_grpc
+from quantplane_server import bus as buses
+from quantplane_server import db as databases
+from quantplane_server.bus import SHARDS, Bus
+from quantplane_server.config import Settings
+from quantplane_server.db import Database
+from quantplane_server.fanout import Fanout
+from quantplane_server.market_data.recorder import Recorder
+from quantplane_server.market_data.service import MarketDataService
+from quantplane_server.migrate import check_current
+from quantplane_server.rpc.errors import errors_to_status
+from quantplane_server.rpc.health import Health
+from quantplane_server.rpc.interceptor import Interceptor
+from quantplane_server.tokens import Tokens
+
+logger = logging.getLogger(__name__)
+
+MARKET_DATA = market_data_pb2.DESCRIPTOR.services_by_name["MarketDataService"].full_name
+STOP_S = 2.0  # beyond the grace, for what does not end by itself
+
+OPTIONS = [
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+@asynccontextmanager
+async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator[str]:
+    """Serve while the block runs; yield the address. Drains at the end.
+
+    With `share_port`, other processes may serve on the same port.
+    """
+    async with AsyncExitStack() as stack:
+        db, bus = await _backends(settings, stack)
+        async with db.connection() as conn:
+            tokens = await Tokens.load(conn)
+        fanout = Fanout(bus)
+        stack.callback(fanout.close)
+        service = MarketDataService(bus, fanout, db, tokens, settings.max_streams)
+
+        options = [*OPTIONS, ("grpc.so_reuseport", int(share_port))]
+        unavailable = (*databases.UNAVAILABLE, *buses.UNAVAILABLE)
+        server = grpc.aio.server(
+            interceptors=[Interceptor(errors_to_status(unavailable))], options=options
+        )
+        health = Health()
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        market_data_pb2_grpc.add_MarketDataServiceServicer_to_server(service, server)
+        names = (MARKET_DATA, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+
+        # Publishing and streaming go on without the database: the bus buffers.
+        needs = {MARKET_DATA: [bus.ping], "": [bus.ping, db.ping]}
+        await _in_background(stack, service.run(), health.follow(needs))
+        address = _bind(server, settings.listen)
+        await server.start()
+        try:
+            yield address
+        finally:
+            await health.enter_graceful_shutdown()
+            service.drain()
+            async with asyncio.timeout(settings.grace_s + STOP_S):
+                await server.stop(settings.grace_s)
+
+
+@asynccontextmanager
+async def recording(settings: Settings) -> AsyncIterator[None]:
+    """Record while the block runs."""
+    async with AsyncExitStack() as stack:
+        db, bus = await _backends(settings, stack)
+        recorder = Recorder(bus, db, (settings.window_mb << 20) // SHARDS)
+        await _in_background(stack, recorder.run())
+        yield
+
+
+async def _backends(settings: Settings, stack: AsyncExitStack) -> tuple[Database, Bus]:
+    if not (settings.postgres_dsn and settings.redis_url):
+        raise ValueError("QUANTPLANE_POSTGRES_DSN and QUANTPLANE_REDIS_URL must be set")
+    db = await Database.open(settings.postgres_dsn, settings.pool_size)
+    stack.push_async_callback(db.close)
+    await check_current(db)
+    bus = Bus(settings.redis_url, (settings.cap_mb << 20) // SHARDS)
+    stack.push_async_callback(bus.close)
+    await bus.open()
+    return db, bus
+
+
+async def _in_background(
+    stack: AsyncExitStack, *coroutines: Coroutine[Any, Any, None]
+) -> None:
+    """Run these until the stack unwinds; they retry by themselves and never return."""
+    group = await stack.enter_async_context(asyncio.TaskGroup())
+    for coroutine in coroutines:
+        stack.callback(group.create_task(coroutine).cancel)
+
+
+def _bind(server: grpc.aio.Server, listen: str) -> str:
+    host = listen.rpartition(":")[0]
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise OSError(f"can't listen on {listen}: is the port in use?") from error
+    return f"{host}:{port}"

@@ -1,0 +1,194 @@
+"""The server's side of PublishQuotes: batches to rounds, rounds to the bus.
+
+While one round is being appended the next one collects, so a round is one batch when
+load is low and many when it is high, without a timer. What is collected is bounded:
+at the bound, and while the bus is full or away, no further request is read, and HTTP/2
+holds the feed back.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+
+from quantplane import v1 as pb
+from quantplane_server import bus as buses
+from quantplane_server.bus import Bus, FeedLease, Position, Round, shard_of
+from quantplane_server.errors import (
+    BackendUnavailable,
+    Draining,
+    FeedReplaced,
+    OutOfOrder,
+    QuantplaneError,
+)
+from quantplane_server.fanout import framed
+from quantplane_server.market_data.checks import check_feed, check_quotes
+from quantplane_server.market_data.durability import Durability
+
+ROUND_QUOTES = 3_500  # bounds an entry: Valkey's functions take some 8,000 values
+RETRY_S = 0.1
+
+Requests = AsyncIterator[pb.PublishQuotesRequest]
+
+
+class Feed:
+    """One connection of a feed."""
+
+    def __init__(self, bus: Bus, durability: Durability) -> None:
+        self._bus = bus
+        self._durability = durability
+        self._lease: FeedLease
+        self._accepted = 0
+        self._durable = 0
+        self._hold = pb.HOLD_REASON_UNSPECIFIED
+        self._undurable: deque[tuple[int, dict[int, Position]]] = deque()
+        self._clear_round()
+        self._reading: asyncio.Task[None] | None = None
+        self._ended = False  # no further request will come
+        self._error: Exception | None = None
+        self._changed = asyncio.Event()  # there is something to tell the feed
+        self._filled = asyncio.Event()  # there is something to append, or the end
+        self._room = asyncio.Event()
+
+    async def run(self, requests: Requests) -> AsyncIterator[pb.PublishQuotesResponse]:
+        """Yield the progress whenever it has changed, until all is accepted."""
+        opening = await anext(aiter(requests), pb.PublishQuotesRequest())
+        check_feed(opening)
+        self._lease = await self._bus.open_feed(opening.feed)
+        self._accepted = self._lease.accepted_through
+        yield self._progress(next_batch=max(self._lease.lasts) + 1)
+        self._reading = asyncio.create_task(self._read(requests))
+        appending = asyncio.create_task(self._append())
+        self._durability.changed.add(self._changed)
+        try:
+            async for response in self._report(appending):
+                yield response
+        finally:
+            self._durability.changed.discard(self._changed)
+            self._reading.cancel()
+            appending.cancel()
+
+    def drain(self) -> None:
+        """Read no more, accept what was read, and end the stream."""
+        self._error = Draining()
+        if self._reading:
+            self._reading.cancel()
+
+    async def _report(
+        self, append: asyncio.Task[None]
+    ) -> AsyncIterator[pb.PublishQuotesResponse]:
+        append.add_done_callback(lambda _: self._changed.set())
+        told = None
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            self._note_durable()
+            progress = self._progress()
+            if progress != told:
+                yield progress
+                told = progress
+            if append.done():
+                append.result()
+                if self._error:
+                    raise self._error
+                return
+
+    async def _read(self, requests: Requests) -> None:
+        """Check requests and collect them; stop at the first that is refused."""
+        try:
+            previous = None
+            async for request in requests:
+                while self._quotes and self._quotes + len(request.quotes) > ROUND_QUOTES:
+                    self._room.clear()
+                    await self._room.wait()
+                if previous is not None and request.batch != previous + 1:
+                    raise OutOfOrder(
+                        f"batch {request.batch} follows batch {previous}; "
+                        "number batches one by one",
+                        expected=previous + 1,
+                    )
+                if request.batch == 0 or request.feed:
+                    raise OutOfOrder(
+                        "after the first message, every message carries a batch "
+                        "number from 1 on and no feed name",
+                        expected=(previous or self._accepted) + 1,
+                    )
+                check_quotes(request.quotes, request.batch)
+                self._collect(request)
+                previous = request.batch
+        except QuantplaneError as error:
+            self._error = error
+        finally:
+            self._ended = True
+            self._filled.set()
+
+    def _collect(self, request: pb.PublishQuotesRequest) -> None:
+        batch = request.batch
+        lasts, firsts, parts = self._lease.lasts, self._firsts, self._parts
+        for quote in request.quotes:
+            key = quote.symbol.encode()
+            shard = shard_of(key)
+            if batch <= lasts[shard]:  # sent again after a cut: this shard has it
+                continue
+            firsts.setdefault(shard, batch)
+            records = parts.setdefault(shard, {}).setdefault(key, [])
+            records.append(framed(quote.SerializeToString()))
+        self._last = batch
+        self._quotes += len(request.quotes)
+        self._filled.set()
+
+    def _clear_round(self) -> None:
+        self._last = 0
+        self._quotes = 0
+        self._firsts: dict[int, int] = {}
+        self._parts: dict[int, dict[bytes, list[bytes]]] = {}
+
+    async def _append(self) -> None:
+        while True:
+            await self._filled.wait()
+            self._filled.clear()
+            if self._last:
+                batches = Round(self._last, self._firsts, self._parts)
+                self._clear_round()
+                self._room.set()
+                positions = await self._append_round(batches)
+                self._accepted = max(self._accepted, batches.last)
+                self._undurable.append((batches.last, positions))
+                self._changed.set()
+            elif self._ended:
+                return
+
+    async def _append_round(self, batches: Round) -> dict[int, Position]:
+        """Append until the bus has it, however long that takes."""
+        while True:
+            try:
+                positions = await self._bus.append(
+                    self._lease, batches, self._accepted
+                )
+                self._tell_hold(pb.HOLD_REASON_UNSPECIFIED)
+                return positions
+            except buses.Replaced:
+                raise FeedReplaced(self._lease.name) from None
+            except buses.Forgotten:
+                raise BackendUnavailable from None
+            except buses.Full:
+                self._tell_hold(pb.HOLD_REASON_BUS_FULL)
+            except buses.UNAVAILABLE:
+                self._tell_hold(pb.HOLD_REASON_BUS_UNAVAILABLE)
+            await asyncio.sleep(RETRY_S)
+
+    def _tell_hold(self, hold: "pb.HoldReason.ValueType") -> None:
+        if hold != self._hold:
+            self._hold = hold
+            self._changed.set()
+
+    def _note_durable(self) -> None:
+        while self._undurable and self._durability.covers(self._undurable[0][1]):
+            self._durable = max(self._durable, self._undurable.popleft()[0])
+
+    def _progress(self, next_batch: int = 0) -> pb.PublishQuotesResponse:
+        return pb.PublishQuotesResponse(
+            accepted_through=self._accepted,
+            durable_through=self._durable,
+            next_batch=next_batch,
+            hold=self._hold,
+        )

@@ -1,0 +1,370 @@
+"""All SQL on market_data and bus_positions."""
+
+import struct
+from collections.abc import AsyncIterator, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from io import BytesIO
+from math import nan
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from quantplane import v1 as pb
+from quantplane_server.bus import Position
+from quantplane_server.checks import time_us, to_datetime
+from quantplane_server.db import Connection
+
+EPOCH_2000_US = 946_684_800_000_000  # PostgreSQL counts time from 2000-01-01
+
+BAR_VALUES = (
+    "open", "high", "low", "close", "volume", "vwap", "bid", "ask", "bid_size",
+    "ask_size",
+)  # fmt: skip
+
+
+# --- The recorder -------------------------------------------------------------------
+
+
+async def prepare_recorder(conn: Connection) -> None:
+    """Create the session's staging table for record_quotes.
+
+    NaN and -1 stand for null in it, so that its rows have one layout.
+    """
+    await conn.execute(
+        """
+        CREATE TEMPORARY TABLE IF NOT EXISTS staged_quotes (
+            time timestamptz, symbol text, price float8, volume bigint,
+            bid float8, ask float8, bid_size int, ask_size int
+        ) ON COMMIT DELETE ROWS
+        """
+    )
+
+
+async def lock_recorder(conn: Connection, shard: int) -> bool:
+    """Become the recorder of a shard while the connection lives, if there is none."""
+    locked: bool = await conn.fetchval(
+        "SELECT pg_try_advisory_lock(hashtext('quantplane.recorder'), $1)", shard
+    )
+    return locked
+
+
+async def bus_positions(conn: Connection, shards: Iterable[int]) -> dict[int, Position]:
+    """Return the position of each shard that the database holds everything up to."""
+    rows = await conn.fetch(
+        "SELECT shard, epoch, number FROM bus_positions WHERE shard = ANY($1)",
+        list(shards),
+    )
+    return {row["shard"]: Position(row["epoch"], row["number"]) for row in rows}
+
+
+async def move_bus_position(
+    conn: Connection, shard: int, old: Position, new: Position
+) -> bool:
+    """Move a shard's position from `old` to `new`; false if it is not at `old`."""
+    done = await conn.execute(
+        """
+        INSERT INTO bus_positions AS b (shard, epoch, number) VALUES ($1, $4, $5)
+        ON CONFLICT (shard) DO UPDATE SET epoch = $4, number = $5
+         WHERE b.epoch = $2 AND b.number = $3
+        """,
+        shard,
+        *old,
+        *new,
+    )
+    return bool(done == "INSERT 0 1")
+
+
+async def record_quotes(conn: Connection, quotes: Iterable[pb.Quote]) -> int:
+    """Store quotes as degenerate bars; return how many rows that were.
+
+    open = high = low = close = last, or the mid where the feed has no trades, or the
+    one side there is. Of quotes with the same symbol and microsecond the last counts.
+    """
+    rows = {}
+    for quote in quotes:
+        rows[quote.symbol, time_us(quote.time)] = quote
+    await conn.copy_to_table(
+        "staged_quotes", source=_encoded(rows), format="binary"
+    )
+    await conn.execute(
+        """
+        INSERT INTO market_data (time, symbol, open, high, low, close, volume,
+                                 bid, ask, bid_size, ask_size)
+        SELECT time, symbol, price, price, price, price, nullif(volume, -1),
+               nullif(bid, 'NaN'), nullif(ask, 'NaN'),
+               nullif(bid_size, -1), nullif(ask_size, -1)
+          FROM staged_quotes
+        ON CONFLICT (time, symbol) DO UPDATE
+           SET open = excluded.open, high = excluded.high, low = excluded.low,
+               close = excluded.close, volume = excluded.volume, vwap = NULL,
+               bid = excluded.bid, ask = excluded.ask,
+               bid_size = excluded.bid_size, ask_size = excluded.ask_size
+        """
+    )
+    return len(rows)
+
+
+async def _encoded(rows: dict[tuple[str, int], pb.Quote]) -> AsyncIterator[bytes]:
+    """Yield rows in the binary format of COPY."""
+    out = [b"PGCOPY\n\xff\r\n\0" + bytes(8)]
+    layouts: dict[int, struct.Struct] = {}
+    for (symbol, stamp_us), quote in rows.items():
+        name = symbol.encode()
+        layout = layouts.get(len(name))
+        if layout is None:
+            layout = struct.Struct(f"!hiqi{len(name)}sidiqididiiii")
+            layouts[len(name)] = layout
+        has = quote.HasField
+        bid = quote.bid if has("bid") else nan
+        ask = quote.ask if has("ask") else nan
+        last = quote.last if has("last") else nan
+        # Where there is a last, a missing volume means that nothing was traded.
+        volume = quote.volume if has("volume") else -1 if last != last else 0
+        out.append(
+            layout.pack(
+                *(8, 8, stamp_us - EPOCH_2000_US, len(name), name),
+                *(8, last if last == last else _mid(bid, ask), 8, volume),
+                *(8, bid, 8, ask),
+                *(4, quote.bid_size if has("bid_size") else -1),
+                *(4, quote.ask_size if has("ask_size") else -1),
+            )
+        )
+    out.append(b"\xff\xff")
+    yield b"".join(out)
+
+
+def _mid(bid: float, ask: float) -> float:
+    """Return the mid of two prices, or the one that is not NaN."""
+    if ask != ask:
+        return bid
+    return ask if bid != bid else bid / 2 + ask / 2  # a sum could overflow
+
+
+# --- Quotes -------------------------------------------------------------------------
+
+_QUOTE_COLUMNS = "time, symbol, close, volume, bid, ask, bid_size, ask_size"
+
+
+async def quotes_after(
+    conn: Connection, symbols: Sequence[str], after_us: int, after: str, limit: int
+) -> list[pb.Quote]:
+    """Return the next recorded quotes behind (time, symbol), in this order."""
+    rows = await conn.fetch(
+        f"""
+        SELECT {_QUOTE_COLUMNS} FROM market_data
+         WHERE symbol = ANY($1)
+           AND time >= $2 AND (time, symbol COLLATE "C") > ($2, $3)
+         ORDER BY time, symbol COLLATE "C" LIMIT $4
+        """,
+        symbols,
+        to_datetime(after_us),
+        after,
+        limit,
+    )
+    return [_quote(row) for row in rows]
+
+
+async def latest_quotes(conn: Connection, symbols: Sequence[str]) -> list[pb.Quote]:
+    """Return the last recorded row of each symbol that has one."""
+    rows = await conn.fetch(
+        f"""
+        SELECT {_QUOTE_COLUMNS} FROM unnest($1::text[]) AS wanted (name),
+               LATERAL (SELECT * FROM market_data WHERE symbol = name
+                         ORDER BY time DESC LIMIT 1) AS found
+        """,
+        symbols,
+    )
+    return [_quote(row) for row in rows]
+
+
+def _quote(row: Any) -> pb.Quote:
+    time, symbol, close, volume, bid, ask, bid_size, ask_size = row
+    quote = pb.Quote(
+        symbol=symbol, volume=volume, bid=bid, ask=ask,
+        bid_size=bid_size, ask_size=ask_size,
+    )  # fmt: skip
+    sides = [side for side in (bid, ask) if side is not None]
+    derived = sides and close == _mid(sides[0], sides[-1])
+    if not (derived and not volume):  # else record_quotes had no last
+        quote.last = close
+    quote.time.FromDatetime(time)
+    return quote
+
+
+# --- Bars ---------------------------------------------------------------------------
+
+
+async def store_bars(conn: Connection, bars: Iterable[pb.Bar]) -> None:
+    """Store bars; each replaces the row of its symbol and time."""
+    rows = {(bar.symbol, time_us(bar.time)): bar for bar in bars}
+    columns: list[list[Any]] = [
+        [bar.time.ToDatetime(tzinfo=UTC) for bar in rows.values()],
+        [bar.symbol for bar in rows.values()],
+    ]
+    for name in BAR_VALUES:
+        columns.append(
+            [getattr(b, name) if b.HasField(name) else None for b in rows.values()]
+        )
+    await conn.execute(
+        """
+        INSERT INTO market_data (time, symbol, open, high, low, close, volume, vwap,
+                                 bid, ask, bid_size, ask_size)
+        SELECT * FROM unnest($1::timestamptz[], $2::text[], $3::float8[], $4::float8[],
+                             $5::float8[], $6::float8[], $7::bigint[], $8::float8[],
+                             $9::float8[], $10::float8[], $11::int[], $12::int[])
+        ON CONFLICT (time, symbol) DO UPDATE
+           SET open = excluded.open, high = excluded.high, low = excluded.low,
+               close = excluded.close, volume = excluded.volume, vwap = excluded.vwap,
+               bid = excluded.bid, ask = excluded.ask,
+               bid_size = excluded.bid_size, ask_size = excluded.ask_size
+        """,
+        *columns,
+    )
+
+
+# Each row is a bar as stored.
+_STORED = """
+    SELECT time, open, high, low, close, volume, vwap, bid, ask, bid_size, ask_size
+      FROM market_data
+     WHERE symbol = $1 AND time >= $2 AND time < $3
+     ORDER BY time LIMIT $4
+"""
+
+# Each row is the bar of a bucket of width $5. Rows without open, high or low count with
+# their close.
+_BUCKETS = """
+    SELECT time_bucket($5, time) AS time,
+           first(coalesce(open, close), time) AS open,
+           max(coalesce(high, close)) AS high,
+           min(coalesce(low, close)) AS low,
+           last(close, time) AS close,
+           sum(volume)::bigint AS volume,
+           sum(vwap * volume) / nullif(sum(volume) FILTER (WHERE vwap IS NOT NULL), 0)
+               AS vwap,
+           last(bid, time) AS bid,
+           last(ask, time) AS ask,
+           last(bid_size::float8, time)::int AS bid_size,
+           last(ask_size::float8, time)::int AS ask_size
+      FROM market_data
+     WHERE symbol = $1 AND time >= $2 AND time < $3
+     GROUP BY 1 ORDER BY 1 LIMIT $4
+"""
+
+# The same with a layout of one width, for COPY: NaN and -1 stand for null.
+_FIXED = """
+    SELECT time,
+           coalesce(open, 'NaN'), coalesce(high, 'NaN'), coalesce(low, 'NaN'),
+           close, coalesce(volume, -1), coalesce(vwap, 'NaN'),
+           coalesce(bid, 'NaN'), coalesce(ask, 'NaN'),
+           coalesce(bid_size, -1), coalesce(ask_size, -1)
+      FROM ({query}) AS bars
+"""
+
+
+_BAR_ROW = np.dtype(
+    [("fields", ">i2")]
+    + [
+        part
+        for name, kind in (
+            ("time_us", ">i8"), ("open", ">f8"), ("high", ">f8"), ("low", ">f8"),
+            ("close", ">f8"), ("volume", ">i8"), ("vwap", ">f8"), ("bid", ">f8"),
+            ("ask", ">f8"), ("bid_size", ">i4"), ("ask_size", ">i4"),
+        )
+        for part in ((f"{name}_length", ">i4"), (name, kind))
+    ]
+)  # fmt: skip
+_COPY_HEAD, _COPY_END = 19, 2  # bytes
+
+
+class BarRange(NamedTuple):
+    """Bars of a symbol in [start, end); `interval` None: the rows as stored."""
+
+    symbol: str
+    start: datetime
+    end: datetime
+    interval: timedelta | None
+
+
+async def bars(conn: Connection, wanted: BarRange, limit: int) -> list[pb.Bar]:
+    """Return the first bars of a range, in order of time."""
+    rows = await conn.fetch(*_bar_query(wanted, limit))
+    return [_bar(wanted.symbol, row) for row in rows]
+
+
+async def bar_columns(
+    conn: Connection, wanted: BarRange, limit: int
+) -> "np.ndarray[Any, np.dtype[np.void]]":
+    """Return the first bars of a range as a record array, -1 and NaN for null."""
+    query, *args = _bar_query(wanted, limit)
+    out = BytesIO()
+    await conn.copy_from_query(
+        _FIXED.format(query=query), *args, output=out, format="binary"
+    )
+    data = memoryview(out.getbuffer())[_COPY_HEAD:-_COPY_END]
+    rows = np.frombuffer(data, dtype=_BAR_ROW).copy()
+    rows["time_us"] += EPOCH_2000_US
+    return rows
+
+
+def _bar_query(wanted: BarRange, limit: int) -> tuple[Any, ...]:
+    bounds = (wanted.symbol, wanted.start, wanted.end, limit)
+    if wanted.interval is None:
+        return _STORED, *bounds
+    return _BUCKETS, *bounds, wanted.interval
+
+
+def _bar(symbol: str, row: Any) -> pb.Bar:
+    time, *values = row
+    bar = pb.Bar(symbol=symbol, **dict(zip(BAR_VALUES, values, strict=True)))
+    bar.time.FromDatetime(time)
+    return bar
+
+
+async def first_time_from(
+    conn: Connection, symbol: str, start: datetime
+) -> datetime | None:
+    """Return the time of a symbol's first row at or after `start`."""
+    time: datetime | None = await conn.fetchval(
+        """
+        SELECT time FROM market_data WHERE symbol = $1 AND time >= $2
+         ORDER BY time LIMIT 1
+        """,
+        symbol,
+        start,
+    )
+    return time
+
+
+# --- Symbols ------------------------------------------------------------------------
+
+
+async def symbols_after(conn: Connection, symbol: str, limit: int) -> list[pb.Symbol]:
+    """Return the next symbols that have rows, by one index probe each."""
+    rows = await conn.fetch(
+        """
+        WITH RECURSIVE found (symbol, n) AS (
+            (SELECT symbol, 1 FROM market_data WHERE symbol > $1
+              ORDER BY symbol LIMIT 1)
+            UNION ALL
+            SELECT (SELECT m.symbol FROM market_data AS m WHERE m.symbol > f.symbol
+                     ORDER BY m.symbol LIMIT 1), n + 1
+              FROM found AS f WHERE f.symbol IS NOT NULL AND n < $2
+        )
+        SELECT symbol,
+               (SELECT time FROM market_data AS m WHERE m.symbol = found.symbol
+                 ORDER BY time LIMIT 1) AS first_time,
+               (SELECT time FROM market_data AS m WHERE m.symbol = found.symbol
+                 ORDER BY time DESC LIMIT 1) AS last_time
+          FROM found WHERE symbol IS NOT NULL
+        """,
+        symbol,
+        limit,
+    )
+    return [_symbol(row) for row in rows]
+
+
+def _symbol(row: Any) -> pb.Symbol:
+    symbol = pb.Symbol(symbol=row["symbol"])
+    symbol.first_time.FromDatetime(row["first_time"])
+    symbol.last_time.FromDatetime(row["last_time"])
+    return symbol

@@ -1,0 +1,190 @@
+"""Writes what is on the bus into the database, exactly once.
+
+A shard's position on the bus is a row in the database, moved in the transaction that
+stores what lies before it: whatever is killed, the two agree. An advisory lock gives
+each shard one recorder among all servers, and a position that is not where this
+recorder left it means that another has taken over.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from contextlib import aclosing, suppress
+
+from quantplane import v1 as pb
+from quantplane_server import bus as buses
+from quantplane_server import db as databases
+from quantplane_server.bus import SHARDS, START, Bus, Entry, Mark, Position
+from quantplane_server.db import Connection, Database
+from quantplane_server.market_data import queries
+
+logger = logging.getLogger(__name__)
+
+COMMIT_BYTES = 1 << 20  # collected at most before they are committed
+RETRY_S = 0.5
+TAKE_OVER_S = 2.0  # between attempts to get shards that others record
+MARKS = 64  # trims per replay window
+
+
+class _TakenOver(Exception):
+    """Another server records this shard now."""
+
+
+class _Shard:
+    """A shard that this process records."""
+
+    def __init__(self, number: int, position: Position) -> None:
+        self.number = number
+        self.position = position  # of the database
+        self.collected: list[Entry] = []
+        self._marks: deque[tuple[Position, int]] = deque()  # with bytes appended
+
+    def trim_before(self, appended: int, window_bytes: int) -> Position | None:
+        """Return the position that the replay window has moved past, if any."""
+        if not self._marks or appended - self._marks[-1][1] > window_bytes // MARKS:
+            self._marks.append((self.position, appended))
+        passed = None
+        while self._marks[0][1] < appended - window_bytes:
+            passed = self._marks.popleft()[0]
+        return passed
+
+
+class Recorder:
+    """Records the shards that no other server records."""
+
+    def __init__(self, bus: Bus, db: Database, window_bytes: int) -> None:
+        self._bus = bus
+        self._db = db
+        self._window_bytes = window_bytes  # per shard, kept on the bus for replay
+        self._shards: dict[int, _Shard] = {}
+        self._collected_bytes = 0
+        self._filled = asyncio.Event()
+        self._room = asyncio.Event()
+
+    async def run(self) -> None:
+        """Record until cancelled; what is on the bus then waits for the next one."""
+        while True:
+            try:
+                async with self._db.connection() as conn:
+                    await self._record(conn)
+            except (*buses.UNAVAILABLE, *databases.UNAVAILABLE) as error:
+                logger.warning("recording paused, trying again: %r", error)
+            except _TakenOver:
+                logger.warning("recording paused: another server has taken over")
+            except Exception:
+                logger.exception("recording failed, trying again")
+            await asyncio.sleep(RETRY_S)
+
+    async def _record(self, conn: Connection) -> None:
+        """Record with one connection, whose advisory locks are the claim."""
+        self._shards = {}
+        await queries.prepare_recorder(conn)
+        follow: asyncio.Task[None] | None = None
+        try:
+            while True:
+                if await self._claim(conn) or follow is None:
+                    if follow:
+                        follow.cancel()
+                    self._drop_collected()
+                    follow = asyncio.create_task(self._follow())
+                    follow.add_done_callback(lambda _: self._filled.set())
+                await self._commit_until(conn, follow)
+        finally:
+            if follow:
+                follow.cancel()
+
+    async def _claim(self, conn: Connection) -> bool:
+        """Take the shards that are free; tell whether there were any."""
+        free = [
+            shard
+            for shard in range(SHARDS)
+            if shard not in self._shards and await queries.lock_recorder(conn, shard)
+        ]
+        known = await queries.bus_positions(conn, free)
+        heads = await self._bus.heads(free)
+        for shard in free:
+            position = known.get(shard, START)
+            if heads[shard] < position and heads[shard] != START:
+                logger.error(
+                    "shard %d of the bus went back from %s to %s: what was between "
+                    "them and not recorded is lost",
+                    *(shard, position, heads[shard]),
+                )
+                await queries.move_bus_position(conn, shard, position, heads[shard])
+                position = heads[shard]
+            self._shards[shard] = _Shard(shard, position)
+            await self._announce(shard, position)
+        return bool(free)
+
+    async def _announce(self, shard: int, position: Position) -> None:
+        """Tell the position again, in case the last recorder died before it could."""
+        if position == START:
+            return
+        before = Position(position.epoch, position.number - 1)
+        for entry in (await self._bus.read(shard, before))[:1]:
+            if entry.position == position:
+                await self._bus.mark_recorded([Mark(shard, position, entry.appended)])
+
+    async def _follow(self) -> None:
+        """Collect what comes, as far ahead of the commits as COMMIT_BYTES allows."""
+        reached = {number: shard.position for number, shard in self._shards.items()}
+        async with aclosing(self._bus.follow(reached)) as pages:
+            async for number, entries in pages:
+                while self._collected_bytes > COMMIT_BYTES:
+                    self._room.clear()
+                    await self._room.wait()
+                self._shards[number].collected += entries
+                reached[number] = entries[-1].position
+                self._collected_bytes += sum(
+                    len(part) for entry in entries for part in entry.parts.values()
+                )
+                self._filled.set()
+
+    async def _commit_until(self, conn: Connection, follow: asyncio.Task[None]) -> None:
+        """Commit what is collected, until it is time to look for free shards."""
+        timeout_s = TAKE_OVER_S if len(self._shards) < SHARDS else None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._filled.wait()
+        self._filled.clear()
+        if follow.done():
+            follow.result()
+        await self._commit(conn)
+
+    async def _commit(self, conn: Connection) -> None:
+        work = [(s, s.collected) for s in self._shards.values() if s.collected]
+        if not work:
+            return
+        self._drop_collected()
+        payload = b"".join(
+            part for _, es in work for entry in es for part in entry.parts.values()
+        )
+        quotes = pb.StreamQuotesResponse.FromString(payload).quotes
+        async with conn.transaction():
+            await queries.record_quotes(conn, quotes)
+            for shard, entries in work:
+                _warn_of_holes(shard, entries[0].position)
+                if not await queries.move_bus_position(
+                    conn, shard.number, shard.position, entries[-1].position
+                ):
+                    raise _TakenOver
+        marks = []
+        for shard, entries in work:
+            shard.position, appended = entries[-1].position, entries[-1].appended
+            trim = shard.trim_before(appended, self._window_bytes)
+            marks.append(Mark(shard.number, shard.position, appended, trim))
+        await self._bus.mark_recorded(marks)
+
+    def _drop_collected(self) -> None:
+        for shard in self._shards.values():
+            shard.collected = []
+        self._collected_bytes = 0
+        self._room.set()
+
+
+def _warn_of_holes(shard: _Shard, first: Position) -> None:
+    if not shard.position.precedes(first):
+        logger.error(
+            "shard %d of the bus goes on at %s after %s: what was between them is lost",
+            *(shard.number, first, shard.position),
+        )

@@ -1,0 +1,271 @@
+"""MarketDataService: one method per RPC; the long ones are told in their own files."""
+
+import asyncio
+import struct
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from quantplane import v1 as pb
+from quantplane.v1 import market_data_pb2_grpc as rpc
+from quantplane_server.bus import Bus
+from quantplane_server.checks import to_datetime
+from quantplane_server.db import Connection, Database
+from quantplane_server.errors import (
+    Draining,
+    InvalidPageToken,
+    InvalidResumeToken,
+    OutOfOrder,
+    QuantplaneError,
+    TooManyStreams,
+    UnknownSymbol,
+)
+from quantplane_server.fanout import Fanout, framed
+from quantplane_server.market_data import checks, queries
+from quantplane_server.market_data.columns import bar_columns
+from quantplane_server.market_data.durability import Durability
+from quantplane_server.market_data.feed import Feed
+from quantplane_server.market_data.history import FIRST, bar_range, read_page
+from quantplane_server.market_data.subscription import Request, Subscription
+from quantplane_server.rpc.interceptor import Context
+from quantplane_server.tokens import Tokens
+
+PAGE = 1_000  # where a request names no page_size
+CHUNK_ROWS = 16_384  # of StreamBars
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+TICK = timedelta(microseconds=1)
+_START = struct.Struct("!q")  # of the next page, in us
+_PLACE = struct.Struct("!Iq")  # index of the symbol, start of its next chunk in us
+
+
+class MarketDataService(rpc.MarketDataServiceServicer):
+    """Quotes by way of the bus, bars straight into the database and out of it."""
+
+    def __init__(
+        self, bus: Bus, fanout: Fanout, db: Database, tokens: Tokens, max_streams: int
+    ) -> None:
+        self._bus = bus
+        self._fanout = fanout
+        self._db = db
+        self._tokens = tokens
+        self._max_streams = max_streams
+        self._durability = Durability(bus)
+        self._streams: set[Feed | Subscription] = set()
+        self._draining = False
+
+    async def run(self) -> None:
+        """Do what the service does beside its calls, until cancelled."""
+        await self._durability.run()
+
+    def drain(self) -> None:
+        """Take no new stream, and end those there are with a Goodbye."""
+        self._draining = True
+        for stream in self._streams:
+            stream.drain()
+
+    # --- Quotes ---
+
+    async def PublishQuotes(
+        self, requests: AsyncIterator[pb.PublishQuotesRequest], context: Context
+    ) -> AsyncIterator[pb.PublishQuotesResponse]:
+        feed = Feed(self._bus, self._durability)
+        with self._held(feed):
+            async for progress in feed.run(requests):
+                yield progress
+
+    async def StreamQuotes(
+        self, requests: AsyncIterator[pb.StreamQuotesRequest], context: Context
+    ) -> AsyncIterator[bytes]:
+        first = await anext(aiter(requests), pb.StreamQuotesRequest())
+        subscription = self._subscription(first)
+        with self._held(subscription):
+            reading = asyncio.create_task(_steer(subscription, requests))
+            try:
+                async for message in subscription.messages():
+                    yield message
+            finally:
+                reading.cancel()
+
+    async def SubscribeQuotes(
+        self, request: pb.SubscribeQuotesRequest, context: Context
+    ) -> AsyncIterator[bytes]:
+        subscription = self._subscription(request)
+        with self._held(subscription):
+            async for message in subscription.messages():
+                yield message
+
+    def _subscription(self, request: Request) -> Subscription:
+        checks.check_subscription(request)
+        return Subscription(self._bus, self._fanout, self._db, self._tokens, request)
+
+    @contextmanager
+    def _held(self, stream: Feed | Subscription) -> Iterator[None]:
+        """Count a stream among those that are bounded, and drained at the end."""
+        if self._draining:
+            raise Draining
+        if len(self._streams) >= self._max_streams:
+            raise TooManyStreams(self._max_streams)
+        self._streams.add(stream)
+        try:
+            yield
+        finally:
+            self._streams.remove(stream)
+
+    async def GetLatestQuotes(
+        self, request: pb.GetLatestQuotesRequest, context: Context
+    ) -> pb.GetLatestQuotesResponse:
+        checks.check_latest(request)
+        symbols = list(dict.fromkeys(request.symbols))
+        _, records = await self._bus.snapshot(symbol.encode() for symbol in symbols)
+        live = pb.GetLatestQuotesResponse.FromString(b"".join(records.values())).quotes
+        found = {quote.symbol: quote for quote in live}
+        if missing := [symbol for symbol in symbols if symbol not in found]:
+            async with self._db.connection() as conn:
+                recorded = await queries.latest_quotes(conn, missing)
+            found.update((quote.symbol, quote) for quote in recorded)
+        return pb.GetLatestQuotesResponse(
+            quotes=[found[symbol] for symbol in symbols if symbol in found],
+            unknown_symbols=[symbol for symbol in symbols if symbol not in found],
+        )
+
+    # --- Bars ---
+
+    async def PublishBars(
+        self, requests: AsyncIterator[pb.PublishBarsRequest], context: Context
+    ) -> AsyncIterator[pb.PublishBarsResponse]:
+        expected = 1
+        async for request in requests:
+            if request.batch != expected:
+                raise OutOfOrder(
+                    f"batch {request.batch} came where {expected} was due; "
+                    "number batches 1, 2, 3, ... in each stream",
+                    expected=expected,
+                )
+            checks.check_bars(request.bars, request.batch)
+            async with self._db.transaction() as conn:
+                await queries.store_bars(conn, request.bars)
+            yield pb.PublishBarsResponse(durable_through=request.batch)
+            expected += 1
+
+    async def ListBars(
+        self, request: pb.ListBarsRequest, context: Context
+    ) -> pb.ListBarsResponse:
+        checks.check_list_bars(request)
+        wanted = bar_range(request.symbol, request)
+        purpose = _purpose(request, "page_token", "page_size")
+        if request.page_token:
+            (start,) = _START.unpack(self._open_page(purpose, request.page_token))
+            wanted = wanted._replace(start=to_datetime(start))
+        async with self._db.connection() as conn:
+            limit = request.page_size or PAGE
+            page = await read_page(conn, queries.bars, wanted, limit)
+            if not page.rows and not request.page_token:
+                await _require_rows(conn, request.symbol)
+        response = pb.ListBarsResponse(bars=page.rows)
+        if page.next_start:
+            token = _START.pack(_us(page.next_start))
+            response.next_page_token = self._page_token(purpose, token)
+        return response
+
+    async def StreamBars(
+        self, request: pb.StreamBarsRequest, context: Context
+    ) -> AsyncIterator[bytes]:
+        checks.check_stream_bars(request)
+        purpose = _purpose(request, "resume_token")
+        symbols = sorted(set(request.symbols))
+        index, start = 0, None
+        if request.resume_token:
+            payload = self._tokens.open(purpose, request.resume_token)
+            if payload is None:
+                raise InvalidResumeToken
+            index, start_us = _PLACE.unpack(payload)
+            start = to_datetime(start_us)
+        else:
+            async with self._db.connection() as conn:
+                for symbol in symbols:
+                    await _require_rows(conn, symbol)
+        states = [pb.KeyStatus(key=s, state=pb.KEY_STATE_ACTIVE) for s in symbols]
+        yield _bars_event(subscribed=pb.Subscribed(keys=states))
+        for at, symbol in enumerate(symbols[index:], index):
+            wanted = bar_range(symbol, request)
+            while True:
+                wanted = wanted._replace(start=start or wanted.start)
+                async with self._db.connection() as conn:
+                    page = await read_page(
+                        conn, queries.bar_columns, wanted, CHUNK_ROWS
+                    )
+                start = page.next_start
+                place = (at, _us(start)) if start else (at + 1, _us(FIRST))
+                token = self._tokens.seal(purpose, _PLACE.pack(*place))
+                if len(page.rows):
+                    rest = pb.StreamBarsResponse(resume_token=token)
+                    columns = framed(bar_columns(symbol, page.rows))
+                    yield columns + rest.SerializeToString()
+                if not start:
+                    break
+        yield _bars_event(complete=pb.Complete())
+
+    async def ListSymbols(
+        self, request: pb.ListSymbolsRequest, context: Context
+    ) -> pb.ListSymbolsResponse:
+        checks.check_list_symbols(request)
+        limit = request.page_size or PAGE
+        after = ""
+        if request.page_token:
+            after = self._open_page(b"ListSymbols", request.page_token).decode()
+        async with self._db.connection() as conn:
+            symbols = await queries.symbols_after(conn, after, limit + 1)
+        response = pb.ListSymbolsResponse(symbols=symbols[:limit])
+        if len(symbols) > limit:
+            last = symbols[limit - 1].symbol.encode()
+            response.next_page_token = self._page_token(b"ListSymbols", last)
+        return response
+
+    def _page_token(self, purpose: bytes, payload: bytes) -> str:
+        return urlsafe_b64encode(self._tokens.seal(purpose, payload)).decode()
+
+    def _open_page(self, purpose: bytes, token: str) -> bytes:
+        try:
+            payload = self._tokens.open(purpose, urlsafe_b64decode(token))
+        except ValueError:  # not even base64
+            payload = None
+        if payload is None:
+            raise InvalidPageToken
+        return payload
+
+
+async def _steer(
+    subscription: Subscription, requests: AsyncIterator[pb.StreamQuotesRequest]
+) -> None:
+    """Hand the requests after the first to their subscription."""
+    try:
+        async for request in requests:
+            subscription.receive(request)
+    except QuantplaneError as error:
+        subscription.fail(error)
+
+
+async def _require_rows(conn: Connection, symbol: str) -> None:
+    if await queries.first_time_from(conn, symbol, FIRST) is None:
+        raise UnknownSymbol(symbol)
+
+
+def _purpose(request: pb.ListBarsRequest | pb.StreamBarsRequest, *free: str) -> bytes:
+    """Return what a token depends on: the request without some fields."""
+    terms = type(request)()
+    terms.CopyFrom(request)  # type: ignore[arg-type]
+    for field in free:
+        terms.ClearField(field)  # type: ignore[arg-type]
+    name = request.DESCRIPTOR.name.encode()
+    return name + terms.SerializeToString(deterministic=True)
+
+
+def _bars_event(**event: Any) -> bytes:
+    response = pb.StreamBarsResponse(event=pb.StreamEvent(**event))
+    return response.SerializeToString()
+
+
+def _us(time: datetime) -> int:
+    return (time - EPOCH) // TICK

@@ -1,0 +1,70 @@
+"""Bring a database's schema to the revision this server was written for."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+
+from .db import Database
+
+# The advisory lock held while a database is migrated: any number, always the same.
+LOCK = 0x7175616E74706C61
+
+
+class SchemaOutdated(Exception):
+    """The database's schema is not the one this server was written for."""
+
+    def __init__(self, found: str | None, needed: str) -> None:
+        super().__init__(
+            f"the database schema is at {found or 'nothing'}, this server needs "
+            f"{needed}: run `quantplane-server migrate`"
+        )
+
+
+async def upgrade(dsn: str) -> str:
+    """Apply what is missing and return the revision reached.
+
+    Servers that start together may all call this: one works, the others wait.
+    """
+    # Alembic's environment runs an event loop of its own, so it gets a thread.
+    await asyncio.to_thread(_upgrade, _config(dsn))
+    return head_revision()
+
+
+def head_revision() -> str:
+    """The revision this server needs."""
+    head = ScriptDirectory.from_config(_config()).get_current_head()
+    assert head is not None
+    return head
+
+
+async def check_current(database: Database) -> None:
+    """Raise SchemaOutdated unless the schema is the one this server needs."""
+    found, needed = await database.schema_revision(), head_revision()
+    if found != needed:
+        raise SchemaOutdated(found, needed)
+
+
+# Alembic keeps the running command in module globals: one at a time per process.
+_alembic = threading.Lock()
+
+
+def _upgrade(config: Config) -> None:
+    with _alembic:
+        command.upgrade(config, "head")
+
+
+def _config(dsn: str | None = None) -> Config:
+    # Without an ini file env.py leaves the process's logging alone.
+    config = Config(attributes={"dsn": dsn})
+    config.set_main_option("path_separator", "os")
+    config.set_main_option("script_location", str(_scripts()).replace("%", "%%"))
+    return config
+
+
+def _scripts() -> Path:
+    installed = Path(__file__).parent / "migrations"
+    return installed if installed.exists() else Path(__file__).parents[2] / "migrations"

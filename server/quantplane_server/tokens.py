@@ -1,0 +1,43 @@
+"""Opaque tokens for callers: what a page or a stream goes on from.
+
+A token carries a payload and a MAC over it and its purpose. The purpose names the
+method and everything else that the payload depends on (the query, the symbols),
+so a token that was altered, or made for something else, does not open.
+"""
+
+import hmac
+
+from quantplane_server.db import Connection
+
+VERSION = b"\x01"
+MAC_BYTES = 12
+
+
+class Tokens:
+    """Seals and opens tokens with a key that all servers of an installation share."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    @classmethod
+    async def load(cls, conn: Connection) -> "Tokens":
+        """Use the key that the migration made for this installation."""
+        return cls(
+            await conn.fetchval("SELECT key FROM server_keys WHERE purpose = 'tokens'")
+        )
+
+    def seal(self, purpose: bytes, payload: bytes) -> bytes:
+        return VERSION + payload + self._mac(purpose, payload)
+
+    def open(self, purpose: bytes, token: bytes) -> bytes | None:
+        """Return the payload, or None for a token not sealed for this purpose."""
+        payload, mac = token[1:-MAC_BYTES], token[-MAC_BYTES:]
+        if token[:1] != VERSION:
+            return None
+        if not hmac.compare_digest(mac, self._mac(purpose, payload)):
+            return None
+        return payload
+
+    def _mac(self, purpose: bytes, payload: bytes) -> bytes:
+        head = len(purpose).to_bytes(4, "big")
+        return hmac.digest(self._key, head + purpose + payload, "sha256")[:MAC_BYTES]

@@ -1,0 +1,184 @@
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+from quantplane_server import migrate
+from quantplane_server.db import UNAVAILABLE, Connection, Database, Edition
+from quantplane_server.embedded import Postgres
+
+from tests.postgres import database
+
+END_SLEEPER = """
+    DO $$ BEGIN
+        LOOP
+            PERFORM pg_stat_clear_snapshot();
+            PERFORM pg_terminate_backend(pid) FROM pg_stat_activity
+              WHERE datname = current_database() AND wait_event = 'PgSleep';
+            EXIT WHEN FOUND;
+        END LOOP;
+    END $$
+"""
+
+
+@pytest.fixture(params=["postgres_dsn", "timescale_dsn"], ids=["plain", "timescale"])
+def server_dsn(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(request.param))
+
+
+async def test_the_edition_is_what_the_database_has(
+    postgres_dsn: str, timescale_dsn: str
+):
+    async with database(postgres_dsn) as dsn, opened(dsn) as db:
+        assert db.edition is Edition.PLAIN
+    async with database(timescale_dsn) as dsn, opened(dsn) as db:
+        async with db.connection() as connection:
+            license = await connection.fetchval("SHOW timescaledb.license")
+        expected = {"apache": Edition.APACHE, "timescale": Edition.COMMUNITY}
+        assert db.edition is expected[license]
+
+
+async def test_a_database_without_the_extension_is_plain_on_any_server(
+    server_dsn: str,
+):
+    async with database(server_dsn, migrated=False) as dsn, opened(dsn) as db:
+        assert db.edition is Edition.PLAIN
+
+
+async def test_the_schema_has_a_revision_once_it_is_migrated(server_dsn: str):
+    async with database(server_dsn, migrated=False) as dsn, opened(dsn) as db:
+        assert await db.schema_revision() is None
+        await migrate.upgrade(dsn)
+        assert await db.schema_revision() == migrate.head_revision()
+
+
+async def test_connections_speak_utc(postgres_dsn: str):
+    async with database(postgres_dsn) as dsn, opened(dsn) as db:
+        async with db.connection() as connection:
+            await connection.execute("SET timezone = 'America/New_York'")
+        async with db.connection() as connection:
+            assert await connection.fetchval("SHOW timezone") == "UTC"
+            assert await connection.fetchval("SHOW application_name") == "quantplane"
+
+
+async def test_a_transaction_is_kept_at_its_end_and_undone_by_an_error(
+    postgres_dsn: str,
+):
+    async with database(postgres_dsn) as dsn, opened(dsn) as db:
+        async with db.transaction() as connection:
+            await put(connection, "kept")
+        with pytest.raises(LookupError):
+            async with db.transaction() as connection:
+                await put(connection, "undone")
+                raise LookupError
+        async with db.connection() as connection:
+            assert await purposes(connection) == {"kept", "tokens"}
+
+
+async def test_a_readonly_transaction_refuses_to_write(postgres_dsn: str):
+    async with database(postgres_dsn) as dsn, opened(dsn) as db:
+        with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+            async with db.transaction(readonly=True) as connection:
+                await put(connection, "refused")
+
+
+@pytest.mark.parametrize(
+    ("isolation", "seen"),
+    [("read_committed", {"tokens", "later"}), ("repeatable_read", {"tokens"})],
+)
+async def test_only_a_repeatable_read_sees_one_snapshot(
+    postgres_dsn: str, isolation, seen
+):
+    async with database(postgres_dsn) as dsn, opened(dsn) as db:
+        async with db.transaction(isolation) as reader:
+            assert await purposes(reader) == {"tokens"}
+            async with db.connection() as writer:
+                await put(writer, "later")
+            assert await purposes(reader) == seen
+
+
+async def test_a_connection_that_is_lost_is_unavailable_and_replaced(
+    postgres_dsn: str,
+):
+    async with database(postgres_dsn) as dsn, opened(dsn, pool_size=2) as db:
+        with pytest.raises(UNAVAILABLE):
+            async with db.transaction() as lost, db.connection() as other:
+                query = asyncio.create_task(lost.fetchval("SELECT pg_sleep(60)"))
+                await other.fetchval(END_SLEEPER)
+                await query
+        async with db.connection() as one, db.connection() as two:
+            assert await one.fetchval("SELECT 1") + await two.fetchval("SELECT 1") == 2
+
+
+async def test_a_connection_lost_between_statements_is_unavailable_too(
+    postgres_dsn: str,
+):
+    async with database(postgres_dsn) as dsn, opened(dsn, pool_size=2) as db:
+        with pytest.raises(UNAVAILABLE):
+            async with db.transaction() as lost, db.connection() as other:
+                noticed = asyncio.Event()
+                lost.add_termination_listener(lambda _: noticed.set())
+                pid = await lost.fetchval("SELECT pg_backend_pid()")
+                await other.fetchval("SELECT pg_terminate_backend($1)", pid)
+                await noticed.wait()
+                await lost.fetchval("SELECT 1")
+
+
+async def test_a_wrong_argument_is_not_taken_for_an_absent_database(postgres_dsn: str):
+    async with database(postgres_dsn) as dsn, opened(dsn) as db:
+        with pytest.raises(asyncpg.DataError) as caught:
+            async with db.connection() as connection:
+                await connection.fetchval("SELECT $1::int", "word")
+        assert not isinstance(caught.value, UNAVAILABLE)
+
+
+async def test_waiting_for_a_free_connection_ends(postgres_dsn: str):
+    async with database(postgres_dsn) as dsn:
+        async with opened(dsn, pool_size=1, acquire_timeout_s=0.1) as db:
+            async with db.connection():
+                with pytest.raises(TimeoutError):
+                    async with db.connection():
+                        pass
+            async with db.connection() as connection:
+                assert await connection.fetchval("SELECT 1") == 1
+
+
+async def test_a_database_that_is_not_there_is_unavailable(tmp_path):
+    with pytest.raises(UNAVAILABLE):
+        await Database.open(f"postgresql://nobody@/nothing?host={tmp_path}")
+
+
+async def test_the_pool_recovers_when_postgresql_was_killed():
+    async with Postgres() as server, opened(server.dsn, pool_size=3) as db:
+        with pytest.raises(UNAVAILABLE):
+            async with db.connection() as one, db.connection():
+                await server.kill()
+                await one.fetchval("SELECT 1")
+        for _ in range(5):
+            with pytest.raises(UNAVAILABLE):
+                async with db.transaction() as connection:
+                    await connection.fetchval("SELECT 1")
+        await server.start()
+        for _ in range(5):
+            async with db.transaction() as connection:
+                assert await connection.fetchval("SELECT 1") == 1
+
+
+@asynccontextmanager
+async def opened(dsn: str, **options: Any) -> AsyncIterator[Database]:
+    db = await Database.open(dsn, **options)
+    try:
+        yield db
+    finally:
+        await db.close()
+
+
+async def put(connection: Connection, purpose: str) -> None:
+    await connection.execute("INSERT INTO server_keys VALUES ($1, '')", purpose)
+
+
+async def purposes(connection: Connection) -> set[str]:
+    rows = await connection.fetch("SELECT purpose FROM server_keys")
+    return {row["purpose"] for row in rows}
