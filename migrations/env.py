@@ -20,6 +20,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+
 def dsn() -> str:
     dsn: str | None = context.config.attributes.get("dsn")
     dsn = dsn or os.environ.get("QUANTPLANE_POSTGRES_DSN")
@@ -52,7 +53,7 @@ def migrate_alone(connection: Connection) -> None:
     The lock belongs to the session: it outlives the transaction of each
     migration, and PostgreSQL releases it if this process dies.
     """
-    connection.execute(text("SELECT :lock"), {"lock": LOCK})
+    connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": LOCK})
     connection.commit()
     tables = load_python_file(str(Path(__file__).parent), "tables.py")
     context.configure(

@@ -44,7 +44,7 @@ async def drop_database(dsn: str) -> None:
 async def migrated_template(server_dsn: str) -> str:
     """The name of a database to copy that has the schema of the migrations now.
 
-    Made once per server, for it takes ten times as long as a copy.
+    Made once per server, since migrating takes longer than copying.
     """
     name = f"template_{_digest()}"
     server = await asyncpg.connect(server_dsn)

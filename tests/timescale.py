@@ -10,14 +10,16 @@ import asyncio
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
 from quantplane_server.embedded import Postgres
@@ -30,8 +32,10 @@ HOME = Path(__file__).parents[1] / "build" / "timescale"
 # What PACKAGE needs to run, out of all that apt would install with it. Just-in-time
 # compilation (LLVM), Perl's tools and what only sets up a machine stay away.
 WANTED = ("postgresql-17", "postgresql-client-17", PACKAGE, "zlib1g")
-UNWANTED = ("libllvm", "libz3", "libperl", "libdb5", "libgdbm", "libproc2", "libsem")
-UNWANTED += ("libsepol", "libc-bin", "libc-l10n", "libpam-", "libdebconf")
+UNWANTED = (
+    *("libllvm", "libz3", "libperl", "libdb5", "libgdbm", "libproc2", "libsemanage"),
+    *("libsepol", "libc-bin", "libc-l10n", "libpam-", "libdebconf"),
+)
 UNUSED = ("usr/share/locale", "usr/share/doc", "usr/lib/postgresql/17/lib/bitcode")
 
 SETTINGS = {
@@ -49,6 +53,7 @@ class TimescaleUnavailable(Exception):
     """There is no TimescaleDB to test with; the message says why."""
 
     def __init__(self, why: str) -> None:
+        self.why = why
         super().__init__(
             f"the tests need TimescaleDB: {why}. Set QUANTPLANE_TEST_TIMESCALE_DSN "
             "to a server where they may create databases as a superuser"
@@ -98,7 +103,8 @@ def _install(root: Path) -> None:
     for program in "apt-get", "apt-config", "dpkg":
         if not shutil.which(program):
             raise TimescaleUnavailable(f"this machine has no {program} to get it with")
-    shutil.rmtree(root, ignore_errors=True)
+    for old in root, *HOME.glob("new-*"):  # of runs that were killed
+        shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=HOME, prefix="new-") as new:
         folder = Path(new)
         packages = _download(folder)
@@ -176,7 +182,7 @@ def _download(folder: Path) -> list[Path]:
             apt.run("download", *wanted)
             return sorted(folder.glob("*.deb"))
         except TimescaleUnavailable as error:
-            refused = str(error)
+            refused = error.why
     raise TimescaleUnavailable(refused)
 
 
@@ -195,8 +201,11 @@ class _Apt:
         for part in "state/lists/partial", "cache/archives/partial", "tmp":
             (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / "status").touch()
-        keys = f"[signed-by={source.signed_by}] " if source.signed_by else ""
-        (folder / "sources.list").write_text(f"deb {keys}{source.uri} {SUITE} main\n")
+        (folder / "sources").mkdir(exist_ok=True)
+        (folder / "sources/debian.sources").write_text(
+            f"Types: deb\nURIs: {source.uri}\nSuites: {SUITE}\nComponents: main\n"
+            + (f"Signed-By: {source.signed_by}\n" if source.signed_by else "")
+        )
         (folder / "apt.conf").write_text(_apt_conf(folder))
 
     def run(self, *arguments: str) -> str:
@@ -227,8 +236,8 @@ def _apt_conf(folder: Path) -> str:
             'Dir::Etc::Main "/dev/null";',
             'Dir::Etc::Preferences "/dev/null";',
             'Dir::Etc::PreferencesParts "/dev/null";',
-            'Dir::Etc::SourceParts "/dev/null";',
-            f'Dir::Etc::SourceList "{folder}/sources.list";',
+            'Dir::Etc::SourceList "/dev/null";',
+            f'Dir::Etc::SourceParts "{folder}/sources";',
             f'Dir::State "{folder}/state";',
             f'Dir::State::status "{folder}/status";',
             f'Dir::Cache "{folder}/cache";',
@@ -242,45 +251,48 @@ def _apt_conf(folder: Path) -> str:
 
 
 def _sources() -> list[Source]:
-    """The machine's sources of Debian's main section, each once."""
-    targets = _run(
-        ["apt-get", "indextargets", "--format"],
-        ["$(SITE)|$(RELEASE)|$(COMPONENT)|$(SOURCESENTRY)", "Created-By: Packages"],
-    )
-    found = {}
-    for line in targets.splitlines():
-        uri, release, component, entry = line.split("|")
-        if component == "main" and not release.endswith("-security"):
-            found[uri] = Source(uri, _signed_by(entry))
-    return list(found.values())
+    """Where the machine's apt gets main sections from, Debian's own place first."""
+    found: list[Source] = []
+    for file in _source_files():
+        text = file.read_text()
+        found += _stanzas(text) if file.suffix == ".sources" else _one_lines(text)
+    return sorted(dict.fromkeys(found), key=lambda s: not s.uri.endswith("/debian"))
 
 
-def _signed_by(entry: str) -> str:
-    """The Signed-By of the entry `file:number` in either of apt's formats.
+def _source_files() -> list[Path]:
+    wanted = ["F", "Dir::Etc::SourceList/f", "D", "Dir::Etc::SourceParts/d"]
+    told = _run(["apt-config", "shell", *wanted])
+    file, folder = (Path(path) for path in re.findall("'(.*)'", told))
+    parts = [*folder.glob("*.list"), *folder.glob("*.sources")]
+    return [path for path in (file, *sorted(parts)) if path.is_file()]
 
-    apt counts lines in a one-line file, and stanzas in a .sources file.
-    """
-    file, _, number = entry.rpartition(":")
-    text = Path(file).read_text()
-    if not file.endswith(".sources"):
-        options = text.splitlines()[int(number) - 1].partition("[")[2].partition("]")[0]
-        fields = dict(option.split("=", 1) for option in options.split())
-        return fields.get("signed-by", "")
-    stanza = [part for part in text.split("\n\n") if part.strip()][int(number) - 1]
-    for line in stanza.splitlines():
-        name, _, value = line.partition(":")
-        if name.lower() == "signed-by":
-            return value.strip()
-    return ""
+
+def _one_lines(text: str) -> Iterator[Source]:
+    entry = re.compile(r"^deb\s+(?:\[(.*?)\]\s+)?(\S+)\s+(\S+)\s+(.*)", re.M)
+    for options, uri, suite, components in entry.findall(text):
+        if "main" in components.split() and not suite.endswith("-security"):
+            keys = re.search(r"signed-by=(\S+)", options)
+            yield Source(uri.rstrip("/"), keys[1] if keys else "")
+
+
+def _stanzas(text: str) -> Iterator[Source]:
+    text = re.sub(r"^#.*\n", "", text, flags=re.M)
+    for stanza in re.split(r"\n\s*\n", text):
+        # A value may go on in indented lines; that of Signed-By may be a whole key.
+        fields = re.findall(r"^([\w-]+):[ \t]*(.*(?:\n[ \t].*)*)", stanza, re.M)
+        field = defaultdict(str, {name.lower(): value for name, value in fields})
+        if field["enabled"] != "no" and "deb" in field["types"].split():
+            for uri in field["uris"].split():
+                if "main" in field["components"] and "-security" not in field["suites"]:
+                    yield Source(uri.rstrip("/"), field["signed-by"])
 
 
 # --- processes -------------------------------------------------------------------
 
 
-def _run(*command: list[str | Path], **options: object) -> str:
-    arguments = [str(argument) for part in command for argument in part]
-    done = subprocess.run(  # type: ignore[call-overload]
-        arguments,
+def _run(command: Sequence[str | Path], **options: Any) -> str:
+    done = subprocess.run(
+        command,
         check=False,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -290,7 +302,7 @@ def _run(*command: list[str | Path], **options: object) -> str:
     )
     if done.returncode != 0:
         last = " ".join(done.stdout.split()[-60:])
-        raise TimescaleUnavailable(f"{Path(arguments[0]).name} failed: {last}")
+        raise TimescaleUnavailable(f"{Path(command[0]).name} failed: {last}")
     return str(done.stdout)
 
 

@@ -20,6 +20,7 @@ except ModuleNotFoundError:
 
 # What takes long to import is imported where it is used, so that --help is quick.
 if TYPE_CHECKING:
+    import grpc
     from google.protobuf.timestamp_pb2 import Timestamp
     from rich.console import RenderableType
 
@@ -118,7 +119,7 @@ def import_bars(
     a close, it is the middle of bid and ask. Exits with 1 if rows were refused.
     """
     source = Source(file, symbol, columns, time_format, tz, delimiter)
-    _import(source, source.bars, _store_bars, target)
+    _import(source, source.bars, store_bars, target)
 
 
 @import_app.command("quotes")
@@ -160,9 +161,10 @@ def replay(
     delimiter: DelimiterOption = ",",
     target: TargetOption = None,
 ) -> None:
-    """Publish a file's quotes as live ones, in the rhythm in which they once came.
+    """Publish a file's quotes as live ones.
 
-    They keep their times. Fields: as for `import quotes`. Ctrl-C ends it.
+    They keep their times, and come in the rhythm of these times. Fields: as for
+    `import quotes`. Ctrl-C ends it.
     """
     source = Source(file, symbol, columns, time_format, tz, delimiter)
 
@@ -223,7 +225,10 @@ def bars(
     ] = False,
     target: TargetOption = None,
 ) -> None:
-    """List bars of a symbol; a table shows the first and the last of many."""
+    """List the bars of a symbol.
+
+    As a table, only the first and the last of more than 40.
+    """
     from quantplane import v1 as pb
     from quantplane.tables import CsvBars, JsonBars, TableBars
 
@@ -237,7 +242,8 @@ def bars(
     if interval is not None:
         request.interval.FromSeconds(_interval_s(interval))
     kind = CsvBars if as_csv else JsonBars if as_json else TableBars
-    _run(target, lambda client: _list_bars(client, request, kind(sys.stdout)))
+    writer = kind(sys.stdout)
+    _run(target, lambda client: _list_bars(client, request, writer))
 
 
 @app.command()
@@ -340,8 +346,10 @@ def _summarise(tally: Tally, done: str) -> None:
         _say(f"{report.unit} {refusal.line}: {refusal.reason}")
     if more := report.refused - len(report.refusals):
         _say(f"... and {more:,} more")
+    left = report.read - report.refused - tally.done
     typer.echo(
         f"{report.read:,} rows read, {tally.done:,} {done}, {report.refused:,} refused"
+        + (f", {left:,} not {done}" if left else "")
     )
 
 
@@ -376,7 +384,7 @@ def _progress_line(tally: Tally) -> "RenderableType":
     return line
 
 
-async def _store_bars(
+async def store_bars(
     client: "Client", batches: Iterator[list["pb.Bar"]], tally: Tally
 ) -> None:
     """Store the bars, again and again from the first that may not be stored."""
@@ -596,6 +604,8 @@ async def _list_symbols(client: "Client") -> None:
         if not request.page_token:
             break
     print_symbols(sys.stdout, found)
+    if not found:
+        _say("nothing is recorded yet")
 
 
 def _time(text: str | None, option: str) -> "Timestamp | None":
@@ -627,10 +637,6 @@ def _interval_s(text: str) -> int:
 # --- running ------------------------------------------------------------------
 
 
-class NoServer(Exception):
-    """Nothing answers at the target."""
-
-
 def _run(target: str | None, work: Callable[["Client"], Awaitable[None]]) -> None:
     """Do `work` with a server that answers; end the process if that fails."""
     from quantplane.client import Client
@@ -646,11 +652,10 @@ def _run(target: str | None, work: Callable[["Client"], Awaitable[None]]) -> Non
 
 
 async def _reach(client: "Client") -> None:
-    """Raise NoServer now, for a stream would wait for the server for ever."""
+    """Raise if no server answers, for a stream would wait for it for ever."""
     import grpc
 
     from quantplane import v1 as pb
-    from quantplane.errors import reason_of
 
     probe = pb.ListSymbolsRequest(page_size=1)
     try:
@@ -658,9 +663,18 @@ async def _reach(client: "Client") -> None:
             probe, timeout=PROBE_S, wait_for_ready=False
         )
     except grpc.aio.AioRpcError as error:
-        away = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-        if error.code() in away and not reason_of(error):
-            raise NoServer from error
+        if _is_away(error):
+            raise
+
+
+def _is_away(error: "grpc.aio.AioRpcError") -> bool:
+    """Tell an error without a server behind it."""
+    import grpc
+
+    from quantplane.errors import reason_of
+
+    away = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    return error.code() in away and not reason_of(error)
 
 
 @contextmanager
@@ -676,12 +690,12 @@ def _in_words(target: str | None) -> Iterator[None]:
         yield
     except FileProblem as problem:
         _fail(str(problem), UNUSABLE)
-    except NoServer:
-        _fail(
-            f"no server answers at {target or TARGET}; "
-            "start one with `quantplane-server up`, or set --target"
-        )
     except grpc.aio.AioRpcError as error:
+        if _is_away(error):
+            _fail(
+                f"no server answers at {target or TARGET}; "
+                "start one with `quantplane-server up`, or set --target"
+            )
         _fail(describe(error))
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None

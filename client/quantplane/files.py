@@ -125,7 +125,7 @@ def read_bars(
 
 
 def parse_time(text: str, time_format: str = "iso", tz: str = "UTC") -> int:
-    """Return nanoseconds since 1970, as the readers would take `text`; or ValueError."""
+    """Return nanoseconds since 1970, as the readers do; ValueError if it is no time."""
     return _clock(time_format, _zone(tz))(text)
 
 
@@ -695,14 +695,15 @@ def _lines(
     size = os.fstat(file.fileno()).st_size
     number = 0
     try:
-        while line := text.readline(LONGEST_LINE):
-            number += 1
-            if len(line) == LONGEST_LINE:
-                raise EOFError(f"a line has {LONGEST_LINE:,} characters or more")
-            if size and number % BATCH_ROWS == 0:
-                report.progress = min(file.tell() / size, 1.0)
-            if not line.isspace():
-                yield number, line.rstrip("\n")
+        with text:
+            while line := text.readline(LONGEST_LINE):
+                number += 1
+                if len(line) == LONGEST_LINE:
+                    raise EOFError(f"a line has {LONGEST_LINE:,} characters or more")
+                if size and number % BATCH_ROWS == 0:
+                    report.progress = min(file.tell() / size, 1.0)
+                if not line.isspace():
+                    yield number, line.rstrip("\n")
     except _DAMAGED as error:
         report.read += 1
         report.refuse(number + 1, f"nothing can be read from here on: {error}")

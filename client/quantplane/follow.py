@@ -88,6 +88,8 @@ class Follower(Generic[Response]):
     A response counts as handled, and is acknowledged, once the next is asked for.
     """
 
+    _call: Any = None
+
     def __init__(
         self, method: StreamMethod[Request, Response], request: Request
     ) -> None:
@@ -111,7 +113,6 @@ class Follower(Generic[Response]):
         self._updates_in_force = 0
         self._sequence = self._acknowledged = 0
         self._must_acknowledge = False
-        self._call: Any = None
         self._requests: _Requests | None = None
         self._opened = False
         self._backoff = Backoff()
@@ -139,6 +140,12 @@ class Follower(Generic[Response]):
         """End the stream; a task that waits for a response sees iteration end."""
         self._ended.set()
         self._disconnect()
+
+    def __del__(self) -> None:
+        # The channel keeps every call that has not ended. Any thread may come here.
+        if self._call is not None:
+            with suppress(RuntimeError):  # the loop is closed, the call with it
+                self._loop.call_soon_threadsafe(self._call.cancel)
 
     def __aiter__(self) -> Self:
         return self
@@ -189,13 +196,12 @@ class Follower(Generic[Response]):
     async def _receive(self) -> Response:
         self._waiting = True
         try:
-            if self._call is None:
-                await self._connect()
-            elif self._must_acknowledge or (
+            call = self._call or await self._connect()
+            if self._must_acknowledge or (
                 self._sequence - self._acknowledged >= self._acknowledge_every
             ):
                 await self._acknowledge()
-            response: Response = await self._call.read()
+            response: Response = await call.read()
         except grpc.aio.AioRpcError as error:
             if is_transient(error):
                 raise _Lost(describe(error)) from error
@@ -212,21 +218,24 @@ class Follower(Generic[Response]):
             raise _Lost("the server ended the stream")
         return response
 
-    async def _connect(self) -> None:
+    async def _connect(self) -> Any:
         self.reconnects += self._opened
         self._opened = True
         if not self._token:  # nothing to go on from, so nothing that they may miss
             self._fold(len(self._updates))
         self._request.resume_token = self._resumed_from = self._token
         self._sequence = self._acknowledged = 0
+        self._must_acknowledge = False
         self._updates_in_force = -1  # the first Subscribed stands for no update
+        self._loop = asyncio.get_running_loop()
         self._tick()
-        if not self._both_ways:
-            self._call = self._method(self._request, wait_for_ready=True)
-            return
-        self._call = self._method(wait_for_ready=True)
-        self._requests = _Requests(self._call)
-        await self._requests.write(self._request, *self._updates)
+        if self._both_ways:
+            call = self._call = self._method(wait_for_ready=True)
+            self._requests = _Requests(call)
+            await self._requests.write(self._request, *self._updates)
+        else:
+            call = self._call = self._method(self._request, wait_for_ready=True)
+        return call
 
     def _disconnect(self) -> None:
         if self._timer is not None:
@@ -243,11 +252,9 @@ class Follower(Generic[Response]):
             await self._requests.write(acknowledge)
 
     def _tick(self) -> None:
-        # A weak reference: a follower that the application has dropped goes away,
-        # and its call with it.
-        self._timer = asyncio.get_running_loop().call_later(
-            self._tick_s, _tick, weakref.ref(self)
-        )
+        # The reference is weak, for the timer must not keep a follower that the
+        # application has dropped.
+        self._timer = self._loop.call_later(self._tick_s, _tick, weakref.ref(self))
         self._ticks += self._waiting
         if self._ticks > TICKS and self._call is not None:
             self._call.cancel()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Iterable, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -18,6 +20,8 @@ from quantplane import client, follow
 from quantplane import v1 as pb
 
 Result = TypeVar("Result")
+
+WAIT_S = 0.25
 
 
 class Client:
@@ -112,7 +116,7 @@ class Follower:
     def __next__(self) -> Any:
         try:
             return self._loop.run(self._follower.__anext__())
-        except StopAsyncIteration:
+        except (StopAsyncIteration, CancelledError):  # cancelled: the client is closed
             raise StopIteration from None
 
     @property
@@ -223,6 +227,11 @@ class _Loop:
             raise RuntimeError("the client is closed")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
+            # In pieces: a Ctrl-C just before the wait, and any on Windows, is only
+            # seen after it.
+            while not future.done():
+                with suppress(TimeoutError):
+                    future.result(timeout=WAIT_S)
             return future.result()
         except BaseException:  # Ctrl-C: nobody waits for the rest
             future.cancel()

@@ -36,6 +36,7 @@ def brief(time: Timestamp) -> str:
 def quote_json(quote: pb.Quote) -> str:
     """Return the quote as a line of JSON, its prices bit for bit."""
     fields: dict[str, Any] = {"symbol": quote.symbol, "time": iso(quote.time)}
+    name: Any  # HasField takes literals only
     for name in QUOTE_FIELDS[1:]:
         fields[name] = getattr(quote, name) if quote.HasField(name) else None
     return json.dumps(fields, ensure_ascii=False)
@@ -125,9 +126,8 @@ class JsonBars:
 class TableBars:
     """Prints a table, without the middle of a long one or any empty column."""
 
-    def __init__(self, out: IO[str], title: str) -> None:
+    def __init__(self, out: IO[str]) -> None:
         self._out = out
-        self._title = title
         self._count = 0
         self._head: list[BarRow] = []
         self._tail: deque[BarRow] = deque(maxlen=END_ROWS)
@@ -145,14 +145,16 @@ class TableBars:
         names = [
             name for name in BAR_FIELDS if any(row[name] is not None for row in rows)
         ]
-        table = _table(self._title, *names)
+        table = _table(*names)
         hidden = self._count - len(rows)
         for place, row in enumerate(rows):
             if hidden and place == END_ROWS:
                 _add_row(table, *["..." for _ in names])
             _add_row(table, *(_shown(row[name]) for name in names))
         if hidden:
-            table.caption = f"{hidden:,} of {self._count:,} bars are not shown: see --csv and --json"
+            table.caption = (
+                f"{hidden:,} of {self._count:,} bars are left out; --csv has all"
+            )
         _print(self._out, table)
 
 
@@ -163,19 +165,18 @@ def _shown(value: Any) -> str:
 
 
 def print_symbols(out: IO[str], symbols: Iterable[pb.Symbol]) -> None:
-    table = _table("Recorded symbols", "symbol", "first", "last")
+    table = _table("symbol", "first", "last")
     for symbol in symbols:
         first, last = brief(symbol.first_time), brief(symbol.last_time)
         _add_row(table, symbol.symbol, first, last)
     _print(out, table)
 
 
-def _table(title: str, *names: str) -> "Table":
+def _table(*names: str) -> "Table":
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for name in names:
         is_text = name in ("symbol", "time", "first", "last")
         table.add_column(name, justify="left" if is_text else "right", no_wrap=True)

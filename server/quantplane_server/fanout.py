@@ -163,16 +163,16 @@ class Fanout:
         self._views: dict[frozenset[bytes], View] = {}
         self._by_key: dict[bytes, set[View]] = {}
         self._wanted: Counter[int] = Counter()  # shard -> readers that need it
+        self._starting = asyncio.Lock()
         self._tail: asyncio.Task[None] | None = None
 
     async def need(self, shards: set[int]) -> None:
         """Follow these shards until they are released as often as they were needed."""
         self._wanted.update(shards)
-        new = shards - self.heads.keys()
-        if new:
-            heads = await self._bus.heads(new)
-            self.heads.update({s: heads[s] for s in new - self.heads.keys()})
-            self._restart()
+        async with self._starting:
+            if new := shards - self.heads.keys():
+                self.heads.update(await self._bus.heads(new))
+                self._restart()
 
     def release(self, shards: set[int]) -> None:
         self._wanted.subtract(shards)
@@ -217,12 +217,17 @@ class Fanout:
         self._tail = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
-        while True:
+        # Only the newest tail delivers: one that was cancelled at the wrong moment of
+        # connecting goes on, and finds out here.
+        me = asyncio.current_task()
+        while self._tail is me:
             try:
                 await self._check_heads()
-                async with aclosing(self._bus.follow(self.heads)) as entries:
-                    async for shard, page in entries:
-                        for entry in page:
+                async with aclosing(self._bus.follow(self.heads)) as pages:
+                    async for shard, entries in pages:
+                        if self._tail is not me:
+                            return
+                        for entry in entries:
                             self._deliver(shard, entry)
             except UNAVAILABLE as error:
                 logger.warning("the bus is away, trying again: %s", error)

@@ -65,6 +65,7 @@ async def test_errors_of_synchronous_channels_tell_the_same():
         yield
 
     async with serving(script) as (client, _):
+
         def call():
             with grpc.insecure_channel(client.target) as channel:
                 pb.MarketDataServiceStub(channel).GetLatestQuotes(REQUEST)

@@ -34,13 +34,14 @@ async def main(folder):
         await sql.execute("CREATE TABLE IF NOT EXISTS written (n int)")
         socket = s.redis_url.removeprefix("unix://")
         reader, writer = await asyncio.open_unix_connection(socket)
+        left = 200  # to write after an interruption
         for n in itertools.count():
-            last = interrupted.is_set()
+            left -= interrupted.is_set()
             await sql.execute("INSERT INTO written VALUES ($1)", n)
             writer.write(b"SET written %d\\r\\n" % n)
             assert await reader.readline() == b"+OK\\r\\n"
             print(n, flush=True)
-            if last:
+            if not left:
                 break
         await sql.close()
         writer.close()
@@ -57,8 +58,16 @@ class Server:
     dsn: str
     url: str
 
+    last: int = -1
+
     def acknowledged(self) -> int:
-        return int(self.process.stdout.readline())
+        self.last = int(self.process.stdout.readline())
+        return self.last
+
+    def last_acknowledged(self) -> int:
+        """The last number that a server which is at its end has told."""
+        told = self.process.stdout.read().split()
+        return int(told[-1]) if told else self.last
 
     def folders(self) -> list[Path]:
         """The folders of the sockets, or of everything when ephemeral."""
@@ -129,6 +138,8 @@ async def valkey(url: str, command: str) -> str:
     try:
         writer.write(f"{command}\r\n".encode())
         line = (await reader.readline()).decode().strip()
+        if line == "$-1":
+            return ""
         return (await reader.readline()).decode().strip() if line[0] == "$" else line
     finally:
         writer.close()

@@ -46,15 +46,11 @@ async def test_starting_changes_no_folder_above_the_data(
 
 
 @as_root
-async def test_root_runs_postgresql_as_nobody(public: Path):
+async def test_root_runs_postgresql_as_nobody_and_in_a_folder_that_only_root_reaches(
+    public: Path,
+):
     async with Postgres(public) as postgres:
         assert psutil.Process(postgres.pid).username() == "nobody"
-
-
-@as_root
-async def test_root_runs_postgresql_in_a_folder_that_only_root_reaches(public: Path):
-    async with Postgres(public):
-        pass
     private = public / "private"
     private.mkdir(mode=0o700)
     shutil.move(public / "postgres", private)

@@ -23,8 +23,12 @@ from quantplane_server.embedded import (
 from tests.embedded import connected, valkey
 
 
-async def test_data_survives_a_restart(tmp_path: Path):
+async def test_data_survives_a_restart_and_the_folder_tells_the_addresses_meanwhile(
+    tmp_path: Path,
+):
+    assert running(tmp_path) is None
     async with services(tmp_path) as first:
+        assert running(tmp_path) == (first.postgres_dsn, first.redis_url)
         async with connected(first.postgres_dsn) as sql:
             await sql.execute("CREATE TABLE t AS SELECT 7 AS n")
         await valkey(first.redis_url, "SET n 7")
@@ -32,6 +36,7 @@ async def test_data_survives_a_restart(tmp_path: Path):
         async with connected(second.postgres_dsn) as sql:
             assert await sql.fetchval("SELECT n FROM t") == 7
         assert await valkey(second.redis_url, "GET n") == "7"
+    assert running(tmp_path) is None
 
 
 async def test_the_addresses_suit_the_usual_clients():
@@ -58,17 +63,13 @@ async def test_ephemeral_services_leave_no_folder():
     assert not any(f.exists() for f in folders)
 
 
-async def test_nothing_listens_on_tcp():
+async def test_only_the_owner_reaches_them_and_only_through_sockets():
     async with services(None) as s:
         for pid in (s.postgres.pid, s.valkey.pid):
             service = psutil.Process(pid)
             for process in (service, *service.children(recursive=True)):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     assert process.net_connections("inet") == []
-
-
-async def test_only_the_owner_reaches_the_sockets():
-    async with services(None) as s:
         for socket in (s.postgres.scratch / "s/.s.PGSQL.5432", s.valkey._socket):
             assert socket.is_socket()
             assert socket.stat().st_mode & 0o077 == 0
@@ -121,15 +122,6 @@ async def test_a_start_waits_for_the_previous_one_to_stop(tmp_path: Path):
         await second.close()
 
 
-async def test_the_addresses_can_be_had_from_the_folder_while_it_is_in_use(
-    tmp_path: Path,
-):
-    assert running(tmp_path) is None
-    async with services(tmp_path) as s:
-        assert running(tmp_path) == (s.postgres_dsn, s.redis_url)
-    assert running(tmp_path) is None
-
-
 async def test_a_folder_of_another_postgresql_is_refused(tmp_path: Path):
     async with Postgres(tmp_path):
         pass
@@ -178,6 +170,7 @@ async def test_a_cancelled_first_start_leaves_nothing_running(tmp_path: Path):
     start.cancel()
     with pytest.raises(asyncio.CancelledError):
         await start
+    assert not (tmp_path / "postgres.new").exists()
     async with Postgres(tmp_path) as postgres:
         assert postgres.running
 

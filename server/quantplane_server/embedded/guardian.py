@@ -35,6 +35,7 @@ class Plan(TypedDict):
 
 
 def main(plan: Plan) -> None:
+    server = os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # The server decides when to stop, even if a whole group was signalled.
         # A handler and not SIG_IGN, which the service would inherit.
@@ -47,12 +48,11 @@ def main(plan: Plan) -> None:
 
     log = threading.Thread(target=_copy, args=(output, plan["log"]), daemon=True)
     log.start()
-    left = threading.Event()
-    threading.Thread(target=_obey, args=(service, plan, left), daemon=True).start()
+    threading.Thread(target=_obey, args=(service, plan), daemon=True).start()
     service.wait()
     note(plan["lock"], stopping=True)
     log.join(1)
-    if left.is_set():
+    if os.getppid() != server:
         shutil.rmtree(plan["scratch"], ignore_errors=True)
 
 
@@ -90,10 +90,8 @@ def _stop_with_parent(number: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
-def _obey(service: subprocess.Popen[bytes], plan: Plan, left: threading.Event) -> None:
+def _obey(service: subprocess.Popen[bytes], plan: Plan) -> None:
     command = os.read(0, 1)
-    if not command:
-        left.set()
     note(plan["lock"], stopping=True)
     service.send_signal(signal.SIGKILL if command == b"k" else plan["stop_signal"])
     try:

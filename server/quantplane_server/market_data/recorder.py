@@ -57,6 +57,7 @@ class Recorder:
         self._db = db
         self._window_bytes = window_bytes  # per shard, kept on the bus for replay
         self._shards: dict[int, _Shard] = {}
+        self._newest: asyncio.Task[None] | None = None  # of those that follow the bus
         self._collected_bytes = 0
         self._filled = asyncio.Event()
         self._room = asyncio.Event()
@@ -86,7 +87,7 @@ class Recorder:
                     if follow:
                         follow.cancel()
                     self._drop_collected()
-                    follow = asyncio.create_task(self._follow())
+                    self._newest = follow = asyncio.create_task(self._follow())
                     follow.add_done_callback(lambda _: self._filled.set())
                 await self._commit_until(conn, follow)
         finally:
@@ -127,12 +128,15 @@ class Recorder:
 
     async def _follow(self) -> None:
         """Collect what comes, as far ahead of the commits as COMMIT_BYTES allows."""
+        me = asyncio.current_task()
         reached = {number: shard.position for number, shard in self._shards.items()}
         async with aclosing(self._bus.follow(reached)) as pages:
             async for number, entries in pages:
                 while self._collected_bytes > COMMIT_BYTES:
                     self._room.clear()
                     await self._room.wait()
+                if self._newest is not me:  # cancelled at a wrong moment of connecting
+                    return
                 self._shards[number].collected += entries
                 reached[number] = entries[-1].position
                 self._collected_bytes += sum(

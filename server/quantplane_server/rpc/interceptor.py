@@ -5,7 +5,7 @@ handler, what it does after happens after, and it sees the handler's exceptions.
 adapter fits it to the four shapes of RPC. Handlers of streams are generators.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any, NamedTuple, TypeAlias
 
@@ -56,11 +56,14 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def _around_stream(self, handler: Any, method: str) -> Any:
         respond = handler.stream_stream or handler.unary_stream
 
-        async def wrapped(request: Any, context: Context) -> AsyncIterator[Any]:
+        async def wrapped(request: Any, context: Context) -> None:
             async with self._layer(Call(method, context)):
                 async with aclosing(respond(request, context)) as responses:
                     async for response in responses:
-                        yield response
+                        try:
+                            await context.write(response)
+                        except grpc.aio.InternalError:
+                            return  # the reader has gone
 
         field = "stream_stream" if handler.request_streaming else "unary_stream"
         return handler._replace(**{field: wrapped}, response_serializer=serialized)
