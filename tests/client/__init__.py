@@ -102,6 +102,12 @@ def status(
     return Status(message="refused", details=packed).SerializeToString()
 
 
+async def until(reached: Callable[[], object]) -> None:
+    """Let everyone else go on until `reached()`."""
+    while not reached():  # noqa: ASYNC110 (what is waited for sets no event)
+        await asyncio.sleep(0)
+
+
 async def silence() -> None:
     """Say nothing until the call ends."""
     await asyncio.Event().wait()

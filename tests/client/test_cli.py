@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from asyncio.subprocess import PIPE
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
@@ -41,16 +42,24 @@ class Output:
         self.lines = self.out.splitlines()
 
 
-async def start(target, *arguments):
-    return await asyncio.create_subprocess_exec(
+@asynccontextmanager
+async def running(target, *arguments):
+    """Run the command; kill it if it outlives the block."""
+    process = await asyncio.create_subprocess_exec(
         COMMAND, *map(str, arguments), stdout=PIPE, stderr=PIPE,
         env={**os.environ, "QUANTPLANE_TARGET": target},
     )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
 
 
 async def run(target, *arguments):
-    process = await start(target, *arguments)
-    out, err = await process.communicate()
+    async with running(target, *arguments) as process:
+        out, err = await process.communicate()
     assert "Traceback" not in err.decode()
     return Output(process.returncode, out, err)
 
@@ -317,19 +326,17 @@ async def test_bars_that_the_server_refuses_are_not_sent_again():
 async def test_a_replay_without_pace_publishes_all_quotes_with_their_times(
     server, symbol
 ):
-    watching = await start(
-        server.target, "quotes", "watch", symbol, "--lossless", "--json",
-        "--count", 9_500,
-    )  # fmt: skip
-    said = await watching.stderr.readline()
-    assert said.decode() == (
-        f"{symbol}: nothing was published yet; is the symbol right?\n"
-    )
-    replayed = await run(
-        server.target, "replay", EURUSD, "--symbol", symbol, "--speed", 0, *TICKS
-    )
-    assert replayed.out == "9,500 rows read, 9,500 published, 0 refused\n"
-    out, _ = await watching.communicate()
+    watch = ("quotes", "watch", symbol, "--lossless", "--json", "--count", 9_500)
+    async with running(server.target, *watch) as watching:
+        said = await watching.stderr.readline()
+        assert said.decode() == (
+            f"{symbol}: nothing was published yet; is the symbol right?\n"
+        )
+        replayed = await run(
+            server.target, "replay", EURUSD, "--symbol", symbol, "--speed", 0, *TICKS
+        )
+        assert replayed.out == "9,500 rows read, 9,500 published, 0 refused\n"
+        out, _ = await watching.communicate()
     times = [json.loads(line)["time"] for line in out.splitlines()]
     expected = [
         datetime.strptime(f"{stamp} -0500", "%Y%m%d %H%M%S%f %z")
@@ -356,17 +363,19 @@ async def test_a_replay_that_is_interrupted_says_how_far_it_came(server, symbol,
     path = file(
         "time,bid\n2024-01-01T00:00,1\n2024-01-01T00:00,2\n2024-01-01T01:00,3\n"
     )
-    watching = await start(server.target, "quotes", "watch", symbol, "--lossless")
-    await watching.stderr.readline()
-    replaying = await start(server.target, "replay", path, "--symbol", symbol)
-    for _ in range(2):
-        await watching.stdout.readline()
-    replaying.send_signal(signal.SIGINT)
-    out, err = await replaying.communicate()
+    watch = running(server.target, "quotes", "watch", symbol, "--lossless")
+    replay = running(server.target, "replay", path, "--symbol", symbol)
+    async with watch as watching:
+        await watching.stderr.readline()
+        async with replay as replaying:
+            for _ in range(2):
+                await watching.stdout.readline()
+            replaying.send_signal(signal.SIGINT)
+            out, err = await replaying.communicate()
+        watching.send_signal(signal.SIGINT)
+        assert await watching.communicate() == (b"", b"")
     assert out.decode() == "3 rows read, 2 published, 0 refused, 1 not published\n"
     assert (err, replaying.returncode) == (b"", 130)
-    watching.send_signal(signal.SIGINT)
-    assert await watching.communicate() == (b"", b"")
     assert watching.returncode == 130
 
 

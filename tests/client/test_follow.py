@@ -12,7 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from quantplane import Client
 from quantplane import v1 as pb
 from quantplane.follow import Backoff
-from tests.client import ScriptedServer, refuse, seconds, serving, silence
+from tests.client import ScriptedServer, refuse, seconds, serving, silence, until
 
 Code = grpc.StatusCode
 SUBSCRIBE = pb.SubscribeQuotesRequest(symbols=["ES"])
@@ -423,8 +423,7 @@ async def test_a_response_is_not_acknowledged_while_the_application_handles_it()
         await anext(follower)
         await follower.update(add_symbols=["NQ"])
         waiting = asyncio.create_task(lasts(follower, 1))
-        while len(server.requests[0]) < 2:
-            await asyncio.sleep(0)
+        await until(lambda: len(server.requests[0]) == 2)
         waiting.cancel()
     assert server.requests[0][1].add_symbols == ["NQ"]
 
@@ -506,8 +505,7 @@ async def updated_and_cut(*answers, requests):
         await anext(follower)
         await follower.update(add_symbols=["NQ"])
         reading = asyncio.create_task(rest(follower))
-        while len(server.requests) < 2 or len(server.requests[1]) < requests:
-            await asyncio.sleep(0)
+        await until(lambda: [len(call) for call in server.requests[1:]] == [requests])
         await follower.aclose()
         await reading
     return server.requests[1]

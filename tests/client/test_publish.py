@@ -6,7 +6,7 @@ import pytest
 from quantplane import reason_of
 from quantplane import v1 as pb
 from quantplane.publish import QuotePublisher
-from tests.client import refuse, serving, silence
+from tests.client import refuse, serving, silence, until
 
 Code = grpc.StatusCode
 Response = pb.PublishQuotesResponse
@@ -65,8 +65,7 @@ def batches(requests):
 async def waits(awaitable, reached):
     """Start `awaitable`; return its task once `reached()`, if it waits even then."""
     task = asyncio.create_task(awaitable)
-    while not reached():
-        await asyncio.sleep(0)
+    await until(reached)
     assert not task.done()
     return task
 
@@ -162,8 +161,7 @@ async def test_numbers_go_on_after_a_reconnect():
     async with serving(takes(1, accepts=1, then=ends), again) as (client, server):
         async with client.publish_quotes("nyse") as publisher:
             await publisher.send(quotes())
-            while not publisher.reconnects:
-                await asyncio.sleep(0)
+            await until(lambda: publisher.reconnects)
             assert await publisher.send(quotes()) == 2
     assert batches(server.requests[1]) == [2]
 
@@ -173,8 +171,7 @@ async def test_quotes_sent_while_disconnected_follow_those_sent_again():
     async with serving(takes(1, then=ends), again) as (client, server):
         async with client.publish_quotes("nyse") as publisher:
             await publisher.send(quotes())
-            while not publisher.reconnects:
-                await asyncio.sleep(0)
+            await until(lambda: publisher.reconnects)
             assert await publisher.send(quotes()) == 2
     assert batches(server.requests[1]) == [1, 2]
 
@@ -246,8 +243,7 @@ async def test_why_the_server_holds_the_feed_back_is_told():
         async with client.publish_quotes("nyse") as publisher:
             assert publisher.hold == pb.HOLD_REASON_UNSPECIFIED
             await publisher.send(quotes())
-            while publisher.hold != pb.HOLD_REASON_BUS_FULL:
-                await asyncio.sleep(0)
+            await until(lambda: publisher.hold == pb.HOLD_REASON_BUS_FULL)
             go_on.set()
             await publisher.flush()
             assert publisher.hold == pb.HOLD_REASON_UNSPECIFIED
