@@ -15,10 +15,11 @@ from alembic.operations.ops import MigrationScript
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError, load_python_file
-from quantplane_server.migrate import LOCK
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
+
+from quantplane_server.migrate import LOCK
 
 
 def dsn() -> str:

@@ -57,7 +57,9 @@ def generate(target: Path) -> None:
             module.unlink()
             module.with_suffix(".pyi").unlink()
     modules = sorted(p.stem for p in package.glob("*_pb2*.py"))
-    lines = [f"from quantplane.v1.{module} import *  # noqa: F403" for module in modules]
+    lines = [
+        f"from quantplane.v1.{module} import *  # noqa: F403" for module in modules
+    ]
     (package / "__init__.py").write_text(
         '"""The messages and stubs of quantplane.v1. Generated; do not edit."""\n\n'
         + "\n".join(lines)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import redis.asyncio as redis
+
 from quantplane import Client
 from quantplane_server.config import Settings
 from quantplane_server.embedded import Postgres, Valkey
 from quantplane_server.main import recording, serving
-
 from tests.postgres import database
 from tests.timescale import timescale_server
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
+
 from quantplane_server import migrate
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"

@@ -5,10 +5,10 @@ from typing import Any
 
 import asyncpg
 import pytest
+
 from quantplane_server import migrate
 from quantplane_server.db import UNAVAILABLE, Connection, Database, Edition
 from quantplane_server.embedded import Postgres
-
 from tests.postgres import database
 
 END_SLEEPER = """

@@ -12,9 +12,9 @@ from typing import Any
 
 import asyncpg
 import pytest
+
 from quantplane_server import migrate
 from quantplane_server.db import Database, Edition
-
 from tests.postgres import database
 
 REPOSITORY = Path(__file__).parents[1]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import asyncpg
+
 from quantplane_server.embedded import Postgres
 
 SUITE = "trixie"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 try:
     import typer
 except ModuleNotFoundError:
-    sys.exit("quantplane's command needs typer and rich: pip install 'quantplane[cli]'")
+    sys.exit("the command quantplane needs typer: pip install 'quantplane[cli]'")
 
 # What takes long to import is imported where it is used, so that --help is quick.
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ PROBE_S = 5.0
 BATCHES_IN_FLIGHT = 8
 # In a row, to reach a server that goes away while it stores bars: about 10 s.
 TRIES = 8
+STATUS_S = 0.1
 LAST_FLUSH_S = 5.0
 INTERVALS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
@@ -444,9 +445,14 @@ async def _write_bars(call: Any, batch: int, bars: list["pb.Bar"]) -> None:
 
     from quantplane import v1 as pb
 
-    # A call that has ended can't be written; reading it tells why.
-    with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+    try:
         await call.write(pb.PublishBarsRequest(batch=batch, bars=bars))
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        # The call has ended. For a moment gRPC calls that an INTERNAL error; then
+        # it knows what the server said.
+        await asyncio.sleep(STATUS_S)
+        await call.read()
+        raise _ended() from None
 
 
 def _ended() -> Exception:

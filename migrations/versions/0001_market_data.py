@@ -5,6 +5,7 @@ import secrets
 import sqlalchemy as sa
 from alembic import op
 from alembic.util import CommandError
+
 from quantplane_server.db import EDITION, Edition
 
 revision = "0001"

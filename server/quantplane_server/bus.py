@@ -7,7 +7,7 @@ steps; this module gives them names.
 """
 
 import zlib
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -17,11 +17,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
 SHARDS = 16
-UNAVAILABLE = (ConnectionError, TimeoutError)
+UNAVAILABLE: tuple[type[Exception], ...] = (ConnectionError, TimeoutError)
 
 FEED_TTL_S = 30 * 24 * 3600  # a feed unheard of for so long starts its numbers anew
 PAGE_ENTRIES = 64  # read per round trip by a reader that catches up
-BLOCK_MS = 5_000
+BLOCK_S = 5.0
+TIMEOUT_S = 5.0
 RECORDED = "quantplane:recorded"
 
 
@@ -109,7 +110,7 @@ class Bus:
     def __init__(self, url: str, cap_bytes: int) -> None:
         self._url = url
         self._cap_bytes = cap_bytes  # per shard, unrecorded
-        self._redis = _client(url, socket_timeout=5)
+        self._redis = _client(url, TIMEOUT_S)
         self._source = files("quantplane_server").joinpath("bus.lua").read_text()
 
     async def open(self) -> None:
@@ -195,26 +196,26 @@ class Bus:
 
     async def read(self, shard: int, after: Position) -> list[Entry]:
         """Return the next entries, at most PAGE_ENTRIES."""
-        raw = await self._redis.xrange(
+        raw: Any = await self._redis.xrange(
             _key(shard, "stream"), min=f"({after}", count=PAGE_ENTRIES
         )
         return [_entry(*item) for item in raw]
 
     async def follow(
         self, positions: Mapping[int, Position]
-    ) -> AsyncIterator[tuple[int, list[Entry]]]:
+    ) -> AsyncGenerator[tuple[int, list[Entry]], None]:
         """Yield the entries after `positions`, by shard, as they come.
 
         The caller moves the positions on before it asks for more.
         """
         shards = {_key(shard, "stream").encode(): shard for shard in positions}
-        client = _client(self._url, single_connection_client=True)
+        client = _client(self._url, BLOCK_S + TIMEOUT_S)
         try:
             while True:
                 places: Any = {
                     key: str(positions[shard]) for key, shard in shards.items()
                 }
-                reply = await client.xread(places, count=256, block=BLOCK_MS)
+                reply: Any = await client.xread(places, count=256, block=int(BLOCK_S * 1_000))
                 for key, raw in reply:
                     yield shards[key], [_entry(*item) for item in raw]
         finally:
@@ -236,10 +237,10 @@ class Bus:
 
     async def follow_recorded(self) -> AsyncIterator[tuple[int, Position]]:
         """Yield what is recorded, by shard: all that is known, then each change."""
-        async with _client(self._url).pubsub() as pubsub:
+        async with _client(self._url, None) as client, client.pubsub() as pubsub:
             await pubsub.subscribe(RECORDED)
             for shard in range(SHARDS):
-                known = await self._redis.hget(_key(shard, "meta"), "position")
+                known: Any = await self._redis.hget(_key(shard, "meta"), "position")
                 if known:
                     yield shard, Position.parse(known)
             async for message in pubsub.listen():
@@ -265,10 +266,15 @@ class Bus:
         return replies
 
 
-def _client(url: str, **options: Any) -> redis.Redis:
+def _client(url: str, timeout_s: float | None) -> redis.Redis:
+    """Return a client whose commands may take so long; None: as long as they like."""
     # RESP2 parses faster; whoever calls knows better when to try again.
     return redis.Redis.from_url(
-        url, protocol=2, retry=Retry(NoBackoff(), 0), **options
+        url,
+        protocol=2,
+        retry=Retry(NoBackoff(), 0),
+        socket_timeout=timeout_s,
+        socket_keepalive=True,
     )
 
 

@@ -7,14 +7,14 @@ import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 import uvloop
 from pydantic import ValidationError
 
-from quantplane_server import db as databases
 from quantplane_server import bus as buses
+from quantplane_server import db as databases
 from quantplane_server.config import Settings
 from quantplane_server.embedded import EmbeddedError, Postgres, Valkey
 from quantplane_server.main import recording, serving
@@ -29,6 +29,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+logger = logging.getLogger(__name__)
+
+WATCH_S = 0.2
+
+Embedded = TypeVar("Embedded", Postgres, Valkey)
 Listen = Annotated[
     str | None, typer.Option("--listen", metavar="HOST:PORT", help="Where to serve.")
 ]
@@ -47,7 +52,8 @@ def up(
         bool, typer.Option("--ephemeral", help="Keep nothing after the end.")
     ] = False,
     data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="Where PostgreSQL and Valkey keep their data.")
+        Path | None,
+        typer.Option("--data-dir", help="Where PostgreSQL and Valkey keep their data."),
     ] = None,
     listen: Listen = None,
     workers: Workers = 1,
@@ -90,35 +96,47 @@ def migrate() -> None:
 async def _up(settings: Settings, ephemeral: bool, workers: int, demo: bool) -> None:
     async with AsyncExitStack() as stack:
         folder = None if ephemeral else settings.data_dir
-        found = {}
         if not settings.postgres_dsn:
-            postgres = await stack.enter_async_context(Postgres(folder))
-            found["postgres_dsn"] = postgres.dsn
+            postgres = await stack.enter_async_context(_kept(Postgres(folder)))
+            settings = settings.model_copy(update={"postgres_dsn": postgres.dsn})
         if not settings.redis_url:
-            valkey = await stack.enter_async_context(Valkey(folder))
-            found["redis_url"] = valkey.url
-        settings = settings.model_copy(update=found)
+            valkey = await stack.enter_async_context(_kept(Valkey(folder)))
+            settings = settings.model_copy(update={"redis_url": valkey.url})
         assert settings.postgres_dsn
         await upgrade(settings.postgres_dsn)
         await _stay(_served(settings, workers), until_eof=False)
 
 
 @asynccontextmanager
+async def _kept(service: Embedded) -> AsyncIterator[Embedded]:
+    """Run an embedded service, and start it again whenever it dies."""
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if not service.running:
+                logger.error("%s has died; starting it again", service.title)
+                await service.start()
+
+    async with service:
+        watching = asyncio.create_task(watch())
+        try:
+            yield service
+        finally:
+            watching.cancel()
+
+
+@asynccontextmanager
 async def _served(settings: Settings, workers: int) -> AsyncIterator[str]:
     """Serve and record: one process that serves, or several, and one that records."""
-    environment = {
-        f"QUANTPLANE_{name.upper()}": str(value)
-        for name, value in settings.model_dump().items()
-        if value is not None
-    }
     async with AsyncExitStack() as stack:
-        recorder = Child("record", environment=environment)
+        recorder = Child("record", settings=settings)
         await stack.enter_async_context(recorder.running())
         if workers == 1:
             yield await stack.enter_async_context(serving(settings))
             return
         for _ in range(workers):
-            worker = Child("serve", "--share-port", environment=environment)
+            worker = Child("serve", "--share-port", settings=settings)
             await stack.enter_async_context(worker.running())
         yield settings.listen
 
@@ -155,7 +173,9 @@ async def _migrate(dsn: str) -> None:
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
     """Run to the end; what a person can mend is one sentence, not a traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s"
+    )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(main)
@@ -163,10 +183,10 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
         pass
     except (EmbeddedError, SchemaOutdated, RuntimeError, ValueError) as error:
         _fail(str(error))
-    except (*databases.UNAVAILABLE, *buses.UNAVAILABLE) as error:
+    except databases.UNAVAILABLE + buses.UNAVAILABLE as error:
         _fail(f"a backend can't be reached: {error}")
 
 
-def _fail(message: str) -> Any:
+def _fail(message: str) -> NoReturn:
     print(f"quantplane-server: {message}", file=sys.stderr)
     raise typer.Exit(1)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -22,10 +22,18 @@ class Settings(BaseSettings):
     pool_size: PositiveInt = 10
     """Connections to PostgreSQL, per process."""
     window_mb: PositiveInt = 512
-    """Recorded quotes that stay on the bus for readers that fall behind or come back."""
-    cap_mb: PositiveInt = Field(default=2048)
+    """Recorded quotes that stay on the bus, for readers that are behind."""
+    cap_mb: PositiveInt = 2048
     """Quotes on the bus that are not recorded yet; beyond, feeds are held back."""
     max_streams: PositiveInt = 10_000
     """Streams of quotes per process."""
     grace_s: PositiveFloat = 10.0
     """How long a stopping server waits for its calls to finish."""
+
+    def environment(self) -> dict[str, str]:
+        """Return these settings as the variables that make them."""
+        return {
+            f"QUANTPLANE_{name.upper()}": str(value)
+            for name, value in self.model_dump().items()
+            if value is not None
+        }

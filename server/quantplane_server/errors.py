@@ -50,9 +50,7 @@ class QuantplaneError(Exception):
     def status(self) -> status_pb2.Status:
         """Return this error as google.rpc.Status."""
         number = code_pb2.Code.Value(self.code.name)
-        return status_pb2.Status(
-            code=number, message=str(self), details=self.details()
-        )
+        return status_pb2.Status(code=number, message=str(self), details=self.details())
 
 
 class InvalidRequest(QuantplaneError):
@@ -63,9 +61,7 @@ class InvalidRequest(QuantplaneError):
 
     SHOWN = 50  # violations listed at most: the answer must stay a small message
 
-    def __init__(
-        self, violations: Sequence[Violation], **metadata: object
-    ) -> None:
+    def __init__(self, violations: Sequence[Violation], **metadata: object) -> None:
         self.violations = violations[: self.SHOWN]
         text = "; ".join(f"{field}: {rule}" for field, rule in self.violations[:5])
         more = len(violations) - 5
@@ -184,7 +180,9 @@ class InternalError(QuantplaneError):
         super().__init__("internal error; the server's log has the details")
 
 
-def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> any_pb2.Any:
+def _packed(
+    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest,
+) -> any_pb2.Any:
     detail = any_pb2.Any()
     detail.Pack(message)
     return detail

@@ -47,7 +47,9 @@ class Lossless:
     def __bool__(self) -> bool:
         return bool(self._pending)
 
-    def push(self, shard: int, entry: Entry, part: bytes, keys: frozenset[bytes]) -> None:
+    def push(
+        self, shard: int, entry: Entry, part: bytes, keys: frozenset[bytes]
+    ) -> None:
         if self.overflowed:
             return
         self.bytes += len(part)
@@ -87,7 +89,9 @@ class Latest:
     def __bool__(self) -> bool:
         return bool(self._pending or self._latest)
 
-    def push(self, shard: int, entry: Entry, part: bytes, keys: frozenset[bytes]) -> None:
+    def push(
+        self, shard: int, entry: Entry, part: bytes, keys: frozenset[bytes]
+    ) -> None:
         self._positions[shard] = entry.position
         self._pending.append((entry, part, keys))
         self.bytes += len(part)

@@ -21,7 +21,7 @@ from quantplane_server.market_data.recorder import Recorder
 from quantplane_server.market_data.service import MarketDataService
 from quantplane_server.migrate import check_current
 from quantplane_server.rpc.errors import errors_to_status
-from quantplane_server.rpc.health import Health
+from quantplane_server.rpc.health import Check, Health
 from quantplane_server.rpc.interceptor import Interceptor
 from quantplane_server.tokens import Tokens
 
@@ -66,7 +66,10 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
         reflection.enable_server_reflection(names, server)
 
         # Publishing and streaming go on without the database: the bus buffers.
-        needs = {MARKET_DATA: [bus.ping], "": [bus.ping, db.ping]}
+        needs: dict[str, list[Check]] = {
+            MARKET_DATA: [bus.ping],
+            "": [bus.ping, db.ping],
+        }
         await _in_background(stack, service.run(), health.follow(needs))
         address = _bind(server, settings.listen)
         await server.start()

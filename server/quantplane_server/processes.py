@@ -4,8 +4,10 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+
+from quantplane_server.config import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +25,9 @@ class Child:
     parent and the order of stopping is the parent's.
     """
 
-    def __init__(self, *args: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, *args: str, settings: Settings) -> None:
         self._args = args
-        self._environment = {**os.environ, **environment}
+        self._environment = {**os.environ, **settings.environment()}
         self._ready = asyncio.Event()
 
     @asynccontextmanager

@@ -13,12 +13,12 @@ from uuid import uuid4
 
 import grpc
 import pytest
+
 from quantplane import Client
 from quantplane import v1 as pb
 from quantplane.cli import Pace, Tally, store_bars
 from quantplane.files import Report
 from quantplane.tables import event_lines
-
 from tests.client import refuse, serving
 from tests.client.test_files import EURUSD, FUTURE, real_data, real_rows
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
+
 from quantplane.files import (
     FileProblem,
     Refusal,

@@ -6,10 +6,10 @@ import pandas as pd
 import polars as pl
 import pyarrow
 import pytest
+
 from quantplane import v1 as pb
 from quantplane.files import read_bars as read_file
 from quantplane.frames import COLUMNS, read_bars, to_arrow, to_pandas, to_polars
-
 from tests.client import serving
 from tests.client.test_files import FUTURE, OHLC, real_data
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from quantplane_server.embedded import EmbeddedError, Postgres, services
 from quantplane_server.embedded.binaries import postgres_bin
-
 from tests.embedded import ROOT, connected, gone, server, valkey
 
 as_root = pytest.mark.skipif(not ROOT, reason="needs root")

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from quantplane_server.embedded import services
 
+from quantplane_server.embedded import services
 from tests.embedded import Server, connected, gone, server, valkey
 
 

@@ -10,6 +10,7 @@ import asyncpg
 import psutil
 import pytest
 import redis.asyncio
+
 from quantplane_server.embedded import (
     EmbeddedError,
     Postgres,
@@ -19,7 +20,6 @@ from quantplane_server.embedded import (
     running,
     services,
 )
-
 from tests.embedded import connected, valkey
 
 

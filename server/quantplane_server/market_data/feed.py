@@ -97,7 +97,9 @@ class Feed:
         try:
             previous = None
             async for request in requests:
-                while self._quotes and self._quotes + len(request.quotes) > ROUND_QUOTES:
+                while (
+                    self._quotes and self._quotes + len(request.quotes) > ROUND_QUOTES
+                ):
                     self._room.clear()
                     await self._room.wait()
                 if previous is not None and request.batch != previous + 1:
@@ -161,9 +163,7 @@ class Feed:
         """Append until the bus has it, however long that takes."""
         while True:
             try:
-                positions = await self._bus.append(
-                    self._lease, batches, self._accepted
-                )
+                positions = await self._bus.append(self._lease, batches, self._accepted)
                 self._tell_hold(pb.HOLD_REASON_UNSPECIFIED)
                 return positions
             except buses.Replaced:

@@ -25,7 +25,9 @@ class Page(NamedTuple):
     next_start: datetime | None  # of the next page
 
 
-def bar_range(symbol: str, request: pb.ListBarsRequest | pb.StreamBarsRequest) -> BarRange:
+def bar_range(
+    symbol: str, request: pb.ListBarsRequest | pb.StreamBarsRequest
+) -> BarRange:
     """Return the range that a checked request asks for."""
     return BarRange(
         symbol,

@@ -83,9 +83,7 @@ async def record_quotes(conn: Connection, quotes: Iterable[pb.Quote]) -> int:
     rows = {}
     for quote in quotes:
         rows[quote.symbol, time_us(quote.time)] = quote
-    await conn.copy_to_table(
-        "staged_quotes", source=_encoded(rows), format="binary"
-    )
+    await conn.copy_to_table("staged_quotes", source=_encoded(rows), format="binary")
     await conn.execute(
         """
         INSERT INTO market_data (time, symbol, open, high, low, close, volume,
@@ -202,9 +200,7 @@ async def store_bars(conn: Connection, bars: Iterable[pb.Bar]) -> None:
         [bar.symbol for bar in rows.values()],
     ]
     for name in BAR_VALUES:
-        columns.append(
-            [getattr(b, name) if b.HasField(name) else None for b in rows.values()]
-        )
+        columns.append([_value(bar, name) for bar in rows.values()])
     await conn.execute(
         """
         INSERT INTO market_data (time, symbol, open, high, low, close, volume, vwap,
@@ -220,6 +216,11 @@ async def store_bars(conn: Connection, bars: Iterable[pb.Bar]) -> None:
         """,
         *columns,
     )
+
+
+def _value(bar: pb.Bar, field: Any) -> float | None:
+    value: float = getattr(bar, field)
+    return value if bar.HasField(field) else None
 
 
 # Each row is a bar as stored.

@@ -20,6 +20,7 @@ from quantplane_server.market_data import queries
 
 logger = logging.getLogger(__name__)
 
+UNAVAILABLE = buses.UNAVAILABLE + databases.UNAVAILABLE
 COMMIT_BYTES = 1 << 20  # collected at most before they are committed
 RETRY_S = 0.5
 TAKE_OVER_S = 2.0  # between attempts to get shards that others record
@@ -68,7 +69,7 @@ class Recorder:
             try:
                 async with self._db.connection() as conn:
                     await self._record(conn)
-            except (*buses.UNAVAILABLE, *databases.UNAVAILABLE) as error:
+            except UNAVAILABLE as error:
                 logger.warning("recording paused, trying again: %r", error)
             except _TakenOver:
                 logger.warning("recording paused: another server has taken over")

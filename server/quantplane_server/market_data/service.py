@@ -36,6 +36,7 @@ PAGE = 1_000  # where a request names no page_size
 CHUNK_ROWS = 16_384  # of StreamBars
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 TICK = timedelta(microseconds=1)
+Serialised = Any  # a response's bytes, ready-made, where the stubs know only messages
 _START = struct.Struct("!q")  # of the next page, in us
 _PLACE = struct.Struct("!Iq")  # index of the symbol, start of its next chunk in us
 
@@ -77,7 +78,7 @@ class MarketDataService(rpc.MarketDataServiceServicer):
 
     async def StreamQuotes(
         self, requests: AsyncIterator[pb.StreamQuotesRequest], context: Context
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncIterator[Serialised]:
         first = await anext(aiter(requests), pb.StreamQuotesRequest())
         subscription = self._subscription(first)
         with self._held(subscription):
@@ -90,7 +91,7 @@ class MarketDataService(rpc.MarketDataServiceServicer):
 
     async def SubscribeQuotes(
         self, request: pb.SubscribeQuotesRequest, context: Context
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncIterator[Serialised]:
         subscription = self._subscription(request)
         with self._held(subscription):
             async for message in subscription.messages():
@@ -171,7 +172,7 @@ class MarketDataService(rpc.MarketDataServiceServicer):
 
     async def StreamBars(
         self, request: pb.StreamBarsRequest, context: Context
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncIterator[Serialised]:
         checks.check_stream_bars(request)
         purpose = _purpose(request, "resume_token")
         symbols = sorted(set(request.symbols))

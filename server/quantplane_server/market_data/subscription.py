@@ -419,7 +419,9 @@ class Subscription:
 
     def _subscribed(self, symbols: list[str], records: dict[bytes, bytes]) -> bytes:
         states = (pb.KEY_STATE_NO_DATA, pb.KEY_STATE_ACTIVE)
-        keys = [pb.KeyStatus(key=s, state=states[s.encode() in records]) for s in symbols]
+        keys = [
+            pb.KeyStatus(key=s, state=states[s.encode() in records]) for s in symbols
+        ]
         return self._event(subscribed=pb.Subscribed(keys=keys))
 
     def _heartbeat(self) -> bytes:

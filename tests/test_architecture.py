@@ -1,0 +1,138 @@
+"""The rules that keep the code base small enough to hold in the head."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.descriptor_pb2 import MethodOptions
+
+from quantplane import v1 as pb
+from quantplane.v1 import market_data_pb2
+
+ROOT = Path(__file__).parents[1]
+SERVER = ROOT / "server" / "quantplane_server"
+CORE = {"bus", "checks", "config", "db", "errors", "fanout", "migrate", "tokens"}
+COMPOSERS = {"main", "cli", "processes", "demo", "__main__"}
+SLICES = {"market_data"}
+TABLES = {
+    "market_data": "market_data/queries.py",
+    "bus_positions": "market_data/queries.py",
+    "staged_quotes": "market_data/queries.py",
+    "server_keys": "tokens.py",
+}
+
+
+def modules() -> Iterator[tuple[str, set[str]]]:
+    """Yield each server module's path and the server packages that it imports."""
+    for path in sorted(SERVER.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        names = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+            elif isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+        yield str(path.relative_to(SERVER)), names
+
+
+def imported_parts(names: set[str]) -> set[str]:
+    """Return the first level below quantplane_server of what is imported."""
+    return {
+        name.split(".")[1] for name in names if name.startswith("quantplane_server.")
+    }
+
+
+def test_a_slice_imports_the_core_the_adapter_and_itself():
+    for path, names in modules():
+        owner = path.split("/")[0]
+        if owner in SLICES:
+            assert imported_parts(names) <= CORE | {"rpc", owner}, path
+
+
+def test_the_core_imports_only_the_core():
+    for path, names in modules():
+        if path.removesuffix(".py") in CORE:
+            assert imported_parts(names) <= CORE, path
+
+
+def test_rpc_knows_no_slice():
+    for path, names in modules():
+        if path.startswith("rpc/"):
+            assert imported_parts(names) <= {"errors", "rpc"}, path
+
+
+def test_nobody_imports_what_composes():
+    for path, names in modules():
+        if path.removesuffix(".py") not in COMPOSERS:
+            assert not imported_parts(names) & COMPOSERS, path
+
+
+def test_only_the_demo_uses_the_client():
+    allowed = {"quantplane.v1"}
+    for path, names in modules():
+        client = {
+            name
+            for name in names
+            if name.split(".")[0] == "quantplane"
+            and name != "quantplane"
+            and not name.startswith("quantplane.v1")
+        }
+        if path != "demo.py":
+            assert client <= allowed, path
+
+
+def test_the_client_never_imports_the_server():
+    for path in (ROOT / "client").rglob("*.py"):
+        assert "quantplane_server" not in path.read_text(), path
+
+
+def test_only_its_owner_names_a_table():
+    for path in SERVER.rglob("*.py"):
+        strings = [
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        statements = [text for text in strings if re.search(r"\b(FROM|INTO)\b", text)]
+        for table, owner in TABLES.items():
+            named = any(re.search(rf"\b{table}\b", text) for text in statements)
+            assert not named or str(path.relative_to(SERVER)) == owner, (path, table)
+
+
+def test_only_config_reads_the_environment():
+    for path in SERVER.rglob("*.py"):
+        # embedded hands its environment on to PostgreSQL, processes to its children
+        if "embedded" not in path.parts and path.name != "processes.py":
+            assert not re.search(r"os\.environ|getenv", path.read_text()), path
+
+
+def methods() -> list[MethodDescriptor]:
+    services = market_data_pb2.DESCRIPTOR.services_by_name.values()
+    return [method for service in services for method in service.methods]
+
+
+@pytest.mark.parametrize("method", methods(), ids=lambda m: m.name)
+def test_every_rpc_has_its_options(method: MethodDescriptor):
+    options = method.GetOptions()
+    permission = options.Extensions[pb.permission]
+    assert permission.resource
+    assert permission.action in {"read", "publish"}
+    assert options.idempotency_level != MethodOptions.IDEMPOTENCY_UNKNOWN
+
+
+def test_every_error_has_a_reason_of_the_enum_and_every_reason_an_error():
+    from quantplane_server import errors
+
+    kinds = errors.QuantplaneError.__subclasses__()
+    reasons = {kind.reason for kind in kinds}
+    assert reasons | {pb.ERROR_REASON_UNSPECIFIED} == set(pb.ErrorReason.values())
+
+
+def test_the_stubs_are_up_to_date():
+    check = [sys.executable, ROOT / "protos" / "generate.py", "--check"]
+    subprocess.run(check, check=True, capture_output=True)
