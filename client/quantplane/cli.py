@@ -35,7 +35,6 @@ PROBE_S = 5.0
 BATCHES_IN_FLIGHT = 8
 # In a row, to reach a server that goes away while it stores bars: about 10 s.
 TRIES = 8
-STATUS_S = 0.1
 LAST_FLUSH_S = 5.0
 INTERVALS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
@@ -399,7 +398,7 @@ async def store_bars(
     while True:
         before = tally.done
         try:
-            await _send_bars(client, batches, unstored, tally)
+            await _send_bars(client, batches, unstored, tally, is_retry=tries > 0)
             return
         except grpc.aio.AioRpcError as error:
             if tally.done > before:
@@ -416,18 +415,32 @@ async def _send_bars(
     batches: Iterator[list["pb.Bar"]],
     unstored: deque[list["pb.Bar"]],
     tally: Tally,
+    is_retry: bool,
 ) -> None:
-    """Store `unstored`, then `batches`, on one connection."""
+    """Store `unstored`, then `batches`, on one connection.
+
+    Where a write meets the end of the call, gRPC says INTERNAL in place of what the
+    server said. So a retry has nothing to write while it waits for its first answer.
+    """
     import grpc
 
+    from quantplane import v1 as pb
+
     call: Any = client.market_data.PublishBars()
-    through = 0
-    for batch, bars in enumerate(unstored, 1):
-        await _write_bars(call, batch, bars)
+    sent = through = 0
     while True:
-        while len(unstored) < BATCHES_IN_FLIGHT and (bars := next(batches, [])):
-            unstored.append(bars)
-            await _write_bars(call, through + len(unstored), bars)
+        room = 1 if is_retry and not through else BATCHES_IN_FLIGHT
+        while sent < through + room:
+            if sent - through == len(unstored):
+                if not (bars := next(batches, [])):
+                    break
+                unstored.append(bars)
+            request = pb.PublishBarsRequest(
+                batch=sent + 1, bars=unstored[sent - through]
+            )
+            with suppress(asyncio.InvalidStateError):  # it has ended; `read` tells
+                await call.write(request)
+            sent += 1
         if not unstored:
             await call.done_writing()
             return
@@ -438,21 +451,6 @@ async def _send_bars(
         for _ in range(response.durable_through - through):
             tally.done += len(unstored.popleft())
         through = response.durable_through
-
-
-async def _write_bars(call: Any, batch: int, bars: list["pb.Bar"]) -> None:
-    import grpc
-
-    from quantplane import v1 as pb
-
-    try:
-        await call.write(pb.PublishBarsRequest(batch=batch, bars=bars))
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-        # The call has ended. For a moment gRPC calls that an INTERNAL error; then
-        # it knows what the server said.
-        await asyncio.sleep(STATUS_S)
-        await call.read()
-        raise _ended() from None
 
 
 def _ended() -> Exception:

@@ -23,6 +23,7 @@ FEED_TTL_S = 30 * 24 * 3600  # a feed unheard of for so long starts its numbers 
 PAGE_ENTRIES = 64  # read per round trip by a reader that catches up
 BLOCK_S = 5.0
 TIMEOUT_S = 5.0
+NEWS_S = 1.0
 RECORDED = "quantplane:recorded"
 
 
@@ -215,7 +216,9 @@ class Bus:
                 places: Any = {
                     key: str(positions[shard]) for key, shard in shards.items()
                 }
-                reply: Any = await client.xread(places, count=256, block=int(BLOCK_S * 1_000))
+                reply: Any = await client.xread(
+                    places, count=256, block=int(BLOCK_S * 1_000)
+                )
                 for key, raw in reply:
                     yield shards[key], [_entry(*item) for item in raw]
         finally:
@@ -236,17 +239,20 @@ class Bus:
         )
 
     async def follow_recorded(self) -> AsyncIterator[tuple[int, Position]]:
-        """Yield what is recorded, by shard: all that is known, then each change."""
-        async with _client(self._url, None) as client, client.pubsub() as pubsub:
-            await pubsub.subscribe(RECORDED)
-            for shard in range(SHARDS):
-                known: Any = await self._redis.hget(_key(shard, "meta"), "position")
-                if known:
-                    yield shard, Position.parse(known)
-            async for message in pubsub.listen():
-                if message["type"] == "message":
-                    shard, _, position = message["data"].partition(b" ")
-                    yield int(shard), Position.parse(position)
+        """Yield what is recorded, by shard: all that is known, then each change.
+
+        When no news came for a while it asks again: news may be lost, facts are not.
+        """
+        async with self._redis.pubsub(ignore_subscribe_messages=True) as news:
+            await news.subscribe(RECORDED)
+            while True:
+                for shard in range(SHARDS):
+                    known: Any = await self._redis.hget(_key(shard, "meta"), "position")
+                    if known:
+                        yield shard, Position.parse(known)
+                while message := await news.get_message(timeout=NEWS_S):
+                    number, _, position = message["data"].partition(b" ")
+                    yield int(number), Position.parse(position)
 
     async def _calls(
         self, calls: Iterable[tuple[str, list[str], Iterable[Any]]]
@@ -266,15 +272,13 @@ class Bus:
         return replies
 
 
-def _client(url: str, timeout_s: float | None) -> redis.Redis:
-    """Return a client whose commands may take so long; None: as long as they like."""
+def _client(url: str, timeout_s: float) -> redis.Redis:
     # RESP2 parses faster; whoever calls knows better when to try again.
     return redis.Redis.from_url(
         url,
         protocol=2,
         retry=Retry(NoBackoff(), 0),
         socket_timeout=timeout_s,
-        socket_keepalive=True,
     )
 
 

@@ -70,7 +70,9 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
             MARKET_DATA: [bus.ping],
             "": [bus.ping, db.ping],
         }
-        await _in_background(stack, service.run(), health.follow(needs))
+        await stack.enter_async_context(
+            _background(service.run(), health.follow(needs))
+        )
         address = _bind(server, settings.listen)
         await server.start()
         try:
@@ -88,7 +90,7 @@ async def recording(settings: Settings) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         db, bus = await _backends(settings, stack)
         recorder = Recorder(bus, db, (settings.window_mb << 20) // SHARDS)
-        await _in_background(stack, recorder.run())
+        await stack.enter_async_context(_background(recorder.run()))
         yield
 
 
@@ -104,13 +106,16 @@ async def _backends(settings: Settings, stack: AsyncExitStack) -> tuple[Database
     return db, bus
 
 
-async def _in_background(
-    stack: AsyncExitStack, *coroutines: Coroutine[Any, Any, None]
-) -> None:
-    """Run these until the stack unwinds; they retry by themselves and never return."""
-    group = await stack.enter_async_context(asyncio.TaskGroup())
-    for coroutine in coroutines:
-        stack.callback(group.create_task(coroutine).cancel)
+@asynccontextmanager
+async def _background(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run these while the block runs; they retry by themselves and never return."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _bind(server: grpc.aio.Server, listen: str) -> str:
