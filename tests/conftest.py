@@ -49,8 +49,9 @@ def valkey_url() -> Iterator[str]:
 
 @pytest.fixture
 def edition(request: pytest.FixtureRequest) -> str:
-    """Which server a test's database is on; storage tests ask for both."""
-    return str(getattr(request, "param", "postgres"))
+    """The server that a test's database is on; storage tests ask for both."""
+    name = getattr(request, "param", "postgres")
+    return str(request.getfixturevalue(f"{name}_dsn"))
 
 
 both_editions = pytest.mark.parametrize(
@@ -59,9 +60,9 @@ both_editions = pytest.mark.parametrize(
 
 
 @pytest.fixture
-async def dsn(edition: str, request: pytest.FixtureRequest) -> AsyncIterator[str]:
+async def dsn(edition: str) -> AsyncIterator[str]:
     """A migrated database of the test's own."""
-    async with database(request.getfixturevalue(f"{edition}_dsn")) as dsn:
+    async with database(edition) as dsn:
         yield dsn
 
 

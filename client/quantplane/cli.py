@@ -119,7 +119,7 @@ def import_bars(
     a close, it is the middle of bid and ask. Exits with 1 if rows were refused.
     """
     source = Source(file, symbol, columns, time_format, tz, delimiter)
-    _import(source, source.bars, store_bars, target)
+    _import(source.bars, store_bars, target)
 
 
 @import_app.command("quotes")
@@ -138,7 +138,7 @@ def import_quotes(
     refused.
     """
     source = Source(file, symbol, columns, time_format, tz, delimiter)
-    _import(source, source.quotes, _store_quotes, target)
+    _import(source.quotes, _store_quotes, target)
 
 
 @app.command()
@@ -173,7 +173,7 @@ def replay(
     ) -> None:
         await _replay(client, batches, tally, speed, feed)
 
-    _import(source, source.quotes, publish, target, done="published")
+    _import(source.quotes, publish, target, done="published")
 
 
 @quotes_app.command("watch")
@@ -294,7 +294,7 @@ class Tally:
     report: "Report"
     begun: bool = False
     done: int = 0  # rows that the server has stored, or in a replay accepted
-    note: str = ""  # why it does not go on, or how far it is
+    note: str = ""  # why it does not go on
     _sent: deque[tuple[int, int]] = field(default_factory=deque)
 
     def sent(self, batch: int, rows: int) -> None:
@@ -310,7 +310,6 @@ Store = Callable[["Client", Iterator[list[Any]], Tally], Awaitable[None]]
 
 
 def _import(
-    source: Source,
     read: Callable[["Report"], Iterator[list[Any]]],
     store: Store,
     target: str | None,

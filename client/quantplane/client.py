@@ -61,7 +61,7 @@ class Client:
         self._channel = grpc.aio.insecure_channel(
             self.target, [*OPTIONS, ("grpc.service_config", config)]
         )
-        self._followers: WeakSet[Follower[Any]] = WeakSet()
+        self._streams: WeakSet[Follower[Any] | QuotePublisher] = WeakSet()
         for service, stub in services():
             setattr(self, attribute_of(service), stub(self._channel))
 
@@ -77,9 +77,9 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Close the channel; iterations over followed streams end."""
-        for follower in list(self._followers):
-            await follower.aclose()
+        """Close the channel; followed streams end, and publishers at once."""
+        for stream in list(self._streams):
+            await stream.aclose()
         await self._channel.close()
 
     def follow(
@@ -90,7 +90,7 @@ class Client:
         `method` is an attribute of a service: `client.market_data.StreamQuotes`.
         """
         follower = Follower(method, request)
-        self._followers.add(follower)
+        self._streams.add(follower)
         return follower
 
     def publish_quotes(self, feed: str | None = None) -> QuotePublisher:
@@ -99,7 +99,9 @@ class Client:
         A feed that goes on where it stopped, or may be replaced by another
         process, needs a name; without one it gets a new name each time.
         """
-        return QuotePublisher(self._channel, feed)
+        publisher = QuotePublisher(self._channel, feed)
+        self._streams.add(publisher)
+        return publisher
 
 
 def services() -> list[tuple[ServiceDescriptor, type[Any]]]:

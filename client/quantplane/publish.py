@@ -69,9 +69,13 @@ class QuotePublisher:
             if error is None:
                 await self.flush()
         finally:
-            if self._task is not None:
-                self._task.cancel()
-                await asyncio.wait([self._task])
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """End at once; what is not accepted yet may be lost."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
     @property
     def accepted_through(self) -> int:
@@ -120,7 +124,7 @@ class QuotePublisher:
             if self._failure is not None:
                 raise self._failure
             if self._task is None or self._task.done():
-                raise RuntimeError("a publisher works inside its `async with` only")
+                raise RuntimeError("not open: a publisher works inside `async with`")
             if reached():
                 return
             await self._progress.wait()
@@ -158,6 +162,8 @@ class QuotePublisher:
                 self.reconnects += 1
         except Exception as error:
             self._fail(error)
+        finally:
+            self._tell()
 
     async def _connection(self, backoff: Backoff) -> str:
         """Publish until the connection ends, and return why it did."""
@@ -217,7 +223,6 @@ class QuotePublisher:
                 "are not known to be accepted"
             )
         self._failure = error
-        self._tell()
 
     def _tell(self) -> None:
         """Wake everyone who waits for progress."""

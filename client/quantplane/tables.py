@@ -99,13 +99,20 @@ class CsvBars:
 
     def __init__(self, out: IO[str]) -> None:
         self._csv = csv.DictWriter(out, ["symbol", *BAR_FIELDS], lineterminator="\n")
-        self._csv.writeheader()
+        self._has_header = False
 
     def write(self, rows: Iterable[BarRow]) -> None:
+        self._write_header()
         self._csv.writerows({**row, "time": _microseconds(row["time"])} for row in rows)
 
     def close(self) -> None:
-        pass
+        self._write_header()
+
+    def _write_header(self) -> None:
+        # Not before there is an answer: an error leaves nothing behind.
+        if not self._has_header:
+            self._csv.writeheader()
+            self._has_header = True
 
 
 class JsonBars:

@@ -8,9 +8,11 @@
 --   latest  hash: key -> its last record
 --   feed    hash per feed: session, last (batch here), through (accepted everywhere)
 
+-- Before its first entry a shard is at 0-0, whatever its epoch.
 local function head(meta)
   local state = redis.call('HMGET', meta, 'epoch', 'number')
-  return (state[1] or '0') .. '-' .. (state[2] or '0')
+  if not state[2] or state[2] == '0' then return '0-0' end
+  return state[1] .. '-' .. state[2]
 end
 
 -- An epoch is the time in ms at which the shard was created: entries of a bus that

@@ -172,7 +172,7 @@ class Bus:
                 pipe.hmget(_key(shard, "meta"), "epoch", "number")
             states = await pipe.execute()
         return {
-            shard: Position(int(epoch or 0), int(number or 0))
+            shard: Position(int(epoch), int(number)) if int(number or 0) else START
             for shard, (epoch, number) in zip(shards, states, strict=True)
         }
 

@@ -211,23 +211,23 @@ class Fanout:
         if self._tail:
             self._tail.cancel()
             self._tail = None
-        self.heads.clear()
+        self.heads = {}
 
     def _restart(self) -> None:
         if self._tail:
             self._tail.cancel()
-        for shard in [shard for shard in self.heads if not self._wanted[shard]]:
-            del self.heads[shard]
+        self.heads = {s: head for s, head in self.heads.items() if self._wanted[s]}
         self._tail = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
         # Only the newest tail delivers: one that was cancelled at the wrong moment of
         # connecting goes on, and finds out here.
         me = asyncio.current_task()
+        heads = self.heads
         while self._tail is me:
             try:
                 await self._check_heads()
-                async with aclosing(self._bus.follow(self.heads)) as pages:
+                async with aclosing(self._bus.follow(heads)) as pages:
                     async for shard, entries in pages:
                         if self._tail is not me:
                             return

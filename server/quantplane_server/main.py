@@ -23,6 +23,7 @@ from quantplane_server.migrate import check_current
 from quantplane_server.rpc.errors import errors_to_status
 from quantplane_server.rpc.health import Check, Health
 from quantplane_server.rpc.interceptor import Interceptor
+from quantplane_server.tasks import end
 from quantplane_server.tokens import Tokens
 
 logger = logging.getLogger(__name__)
@@ -113,9 +114,7 @@ async def _background(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[N
     try:
         yield
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*tasks)
 
 
 def _bind(server: grpc.aio.Server, listen: str) -> str:
@@ -123,5 +122,5 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise OSError(f"can't listen on {listen}: is the port in use?") from error
+        raise RuntimeError(f"can't listen on {listen}: is the port in use?") from error
     return f"{host}:{port}"

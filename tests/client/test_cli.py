@@ -519,7 +519,7 @@ async def test_a_time_without_bars_is_told(server, symbol, hundred_minutes):
 
 
 async def test_an_unknown_symbol_is_told_in_one_line(server, symbol):
-    failed = await run(server.target, "bars", symbol)
+    failed = await run(server.target, "bars", symbol, "--csv")
     assert failed.code == 1 and failed.out == ""
     assert failed.err.startswith("quantplane: UNKNOWN_SYMBOL: ")
     assert failed.err.count("\n") == 1

@@ -7,7 +7,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 
 from quantplane import Client
 from quantplane import v1 as pb
-from quantplane.client import attribute_of, service_config, services
+from quantplane.client import RETRY, attribute_of, service_config, services
 from quantplane.sync import Client as SyncClient
 from tests.client import refuse, serving, silence
 
@@ -93,7 +93,8 @@ async def test_a_call_without_a_timeout_ends_after_the_default(monkeypatch):
 
 
 async def test_a_call_without_a_server_waits_for_one(monkeypatch):
-    monkeypatch.setattr("quantplane.client.TIMEOUT", "1s")
+    monkeypatch.setattr("quantplane.client.TIMEOUT", "3s")
+    monkeypatch.setitem(RETRY, "maxAttempts", 2)  # over long before
     async with serving() as (client, _):
         gone = client.target
     async with Client(gone) as client:

@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 
 import pyarrow
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -36,6 +36,7 @@ OHLC = {name: name for name in ("open", "high", "low", "close")}
 FIRST, LAST = (datetime(year, 1, 1) for year in (1950, 2037))  # noqa: DTZ001
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
+unhurried = settings(deadline=None)
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="the data folder is absent")
 
 
@@ -514,6 +515,7 @@ FIXED_WIDTH = [
 OTHER = ["%d %b %Y %I:%M:%S %p", "%y%m%d %H%M", "%Y-%j %H", "%Y-%m-%d %H:%M:%S%z"]
 
 
+@unhurried
 @given(
     st.datetimes(FIRST, LAST),
     st.sampled_from(FIXED_WIDTH + OTHER),
@@ -526,6 +528,7 @@ def test_a_time_is_what_strptime_reads(moment, pattern):
     )
 
 
+@unhurried
 @given(
     st.text("0123456789 :./-TZ", max_size=24),
     st.sampled_from([pattern for pattern in FIXED_WIDTH if "%f" not in pattern]),
@@ -534,6 +537,7 @@ def test_any_text_is_a_time_just_where_it_is_one_for_strptime(text, pattern):
     check_like_strptime(text, pattern)
 
 
+@unhurried
 @given(
     st.datetimes(FIRST, LAST),
     st.sampled_from(FIXED_WIDTH),
@@ -557,6 +561,7 @@ def check_like_strptime(text, pattern):
         assert parse_time(text, pattern) == nanoseconds(expected)
 
 
+@unhurried
 @given(st.datetimes(timezones=st.timezones() | st.none()), st.sampled_from(" T"))
 def test_an_iso_time_is_what_datetime_reads(moment, between):
     text = moment.isoformat(between)
@@ -658,6 +663,7 @@ def test_a_time_that_a_change_of_clocks_makes_unsure_is_refused(text, words):
         parse_time(text, tz="America/New_York")
 
 
+@unhurried
 @given(st.datetimes(FIRST, LAST))
 def test_a_time_in_a_named_zone_is_what_zoneinfo_says(moment):
     here = moment.replace(tzinfo=ZoneInfo("Europe/Berlin"))
@@ -724,6 +730,7 @@ def test_parquet_numbers_without_a_unit_are_refused(parquet_quotes):
         parquet_quotes({"time": [STAMP], "bid": [1.0]})
 
 
+@unhurried
 @given(bid=st.floats(allow_nan=False, allow_infinity=False))
 def test_parquet_prices_are_read_bit_for_bit(tmp_path_factory, bid):
     path = tmp_path_factory.mktemp("bits") / "rows.parquet"

@@ -534,6 +534,25 @@ async def test_a_snapshot_after_a_gap_does_not_put_the_update_in_force():
     assert changed(first, second) == [(["ES"], [], []), ([], ["NQ"], [])]
 
 
+async def test_the_start_of_a_stream_does_not_put_the_update_in_force():
+    async def script(requests, context):
+        await anext(requests)
+        yield numbered(1, SUBSCRIBED)
+        yield numbered(2, quote(1, b"t"))
+        await anext(requests)
+
+    async with serving(script, script, plays()) as (client, server):
+        follower = client.follow(client.market_data.StreamQuotes, STREAM)
+        await anext(follower)
+        await anext(follower)
+        await follower.update(add_symbols=["NQ"])
+        reading = asyncio.create_task(rest(follower))
+        await until(lambda: [len(call) for call in server.requests[2:]] == [1])
+        await follower.aclose()
+        await reading
+    assert changed(server.requests[2][0]) == [(["ES"], [], [])]
+
+
 async def test_a_newer_token_makes_the_update_part_of_the_request():
     (first,) = await updated_and_cut(SUBSCRIBED, quote(2, b"new"), requests=1)
     assert first.resume_token == b"new"

@@ -167,13 +167,14 @@ async def test_numbers_go_on_after_a_reconnect():
 
 
 async def test_quotes_sent_while_disconnected_follow_those_sent_again():
-    again = takes(2, accepts=2)
-    async with serving(takes(1, then=ends), again) as (client, server):
+    async with serving(takes(1, then=ends), takes(3, accepts=3)) as (client, server):
         async with client.publish_quotes("nyse") as publisher:
             await publisher.send(quotes())
             await until(lambda: publisher.reconnects)
             assert await publisher.send(quotes()) == 2
-    assert batches(server.requests[1]) == [1, 2]
+            await until(lambda: batches(server.requests[-1]) == [1, 2])
+            assert await publisher.send(quotes()) == 3
+    assert batches(server.requests[1]) == [1, 2, 3]
 
 
 # Progress.
@@ -356,6 +357,17 @@ async def test_an_exception_in_the_block_does_not_wait():
             async with client.publish_quotes("nyse") as publisher:
                 await publisher.send(quotes())
                 raise KeyError
+
+
+async def test_closing_the_client_ends_waiting():
+    async with serving(takes(1)) as (client, _):
+        with pytest.raises(RuntimeError, match="not open"):
+            async with client.publish_quotes("nyse") as publisher:
+                await publisher.send(quotes())
+                waiting = asyncio.create_task(publisher.flush())
+                await asyncio.sleep(0)
+                await client.close()
+                await asyncio.wait_for(waiting, 5)
 
 
 async def test_no_task_outlives_the_block():

@@ -1,5 +1,7 @@
 import signal
+import sys
 import threading
+import time
 from concurrent import futures
 from contextlib import contextmanager
 
@@ -184,12 +186,31 @@ def test_a_closed_client_says_so():
             client.market_data.GetLatestQuotes(LATEST)
 
 
-def test_ctrl_c_interrupts_waiting_for_a_response():
+@pytest.fixture
+def ctrl_c():
+    """Have Ctrl-C raise KeyboardInterrupt, also in a background job's tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupt_main_thread():
+    """Press Ctrl-C as soon as the main thread waits."""
+    main = threading.main_thread().ident
+    while sys._current_frames()[main].f_code.co_name != "wait":
+        time.sleep(0.001)
+    signal.pthread_kill(main, signal.SIGINT)
+
+
+def test_ctrl_c_interrupts_waiting_for_a_response_and_ends_the_call(ctrl_c):
+    ended = threading.Event()
+
     def script(requests, context):
+        context.add_callback(ended.set)
         next(requests)
         yield pb.StreamQuotesResponse(sequence=1)
-        next(requests)  # the acknowledgement: the client waits for a response
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        next(requests)  # the acknowledgement: the next response is asked for
+        interrupt_main_thread()
         next(requests)
 
     request = pb.StreamQuotesRequest(symbols=["ES"], max_unacknowledged=1)
@@ -198,3 +219,4 @@ def test_ctrl_c_interrupts_waiting_for_a_response():
         next(follower)
         with pytest.raises(KeyboardInterrupt):
             next(follower)
+        assert ended.wait(timeout=5)

@@ -23,6 +23,7 @@ from quantplane_server.errors import (
 from quantplane_server.fanout import framed
 from quantplane_server.market_data.checks import check_feed, check_quotes
 from quantplane_server.market_data.durability import Durability
+from quantplane_server.tasks import end
 
 ROUND_QUOTES = 3_500  # bounds an entry: Valkey's functions take some 8,000 values
 RETRY_S = 0.1
@@ -64,8 +65,7 @@ class Feed:
                 yield response
         finally:
             self._durability.changed.discard(self._changed)
-            self._reading.cancel()
-            appending.cancel()
+            await end(self._reading, appending)
 
     def drain(self) -> None:
         """Read no more, accept what was read, and end the stream."""

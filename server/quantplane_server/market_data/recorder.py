@@ -17,6 +17,7 @@ from quantplane_server import db as databases
 from quantplane_server.bus import SHARDS, START, Bus, Entry, Mark, Position
 from quantplane_server.db import Connection, Database
 from quantplane_server.market_data import queries
+from quantplane_server.tasks import end
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,6 @@ class Recorder:
         self._db = db
         self._window_bytes = window_bytes  # per shard, kept on the bus for replay
         self._shards: dict[int, _Shard] = {}
-        self._newest: asyncio.Task[None] | None = None  # of those that follow the bus
         self._collected_bytes = 0
         self._filled = asyncio.Event()
         self._room = asyncio.Event()
@@ -84,16 +84,19 @@ class Recorder:
         follow: asyncio.Task[None] | None = None
         try:
             while True:
-                if await self._claim(conn) or follow is None:
+                if await self._claim(conn):
                     if follow:
-                        follow.cancel()
+                        await end(follow)
                     self._drop_collected()
-                    self._newest = follow = asyncio.create_task(self._follow())
+                    follow = asyncio.create_task(self._follow())
                     follow.add_done_callback(lambda _: self._filled.set())
-                await self._commit_until(conn, follow)
+                if follow:
+                    await self._commit_until(conn, follow)
+                else:  # others record them all
+                    await asyncio.sleep(TAKE_OVER_S)
         finally:
             if follow:
-                follow.cancel()
+                await end(follow)
 
     async def _claim(self, conn: Connection) -> bool:
         """Take the shards that are free; tell whether there were any."""
@@ -129,15 +132,12 @@ class Recorder:
 
     async def _follow(self) -> None:
         """Collect what comes, as far ahead of the commits as COMMIT_BYTES allows."""
-        me = asyncio.current_task()
         reached = {number: shard.position for number, shard in self._shards.items()}
         async with aclosing(self._bus.follow(reached)) as pages:
             async for number, entries in pages:
                 while self._collected_bytes > COMMIT_BYTES:
                     self._room.clear()
                     await self._room.wait()
-                if self._newest is not me:  # cancelled at a wrong moment of connecting
-                    return
                 self._shards[number].collected += entries
                 reached[number] = entries[-1].position
                 self._collected_bytes += sum(

@@ -30,6 +30,7 @@ from quantplane_server.market_data.feed import Feed
 from quantplane_server.market_data.history import FIRST, bar_range, read_page
 from quantplane_server.market_data.subscription import Request, Subscription
 from quantplane_server.rpc.interceptor import Context
+from quantplane_server.tasks import end
 from quantplane_server.tokens import Tokens
 
 PAGE = 1_000  # where a request names no page_size
@@ -87,7 +88,7 @@ class MarketDataService(rpc.MarketDataServiceServicer):
                 async for message in subscription.messages():
                     yield message
             finally:
-                reading.cancel()
+                await end(reading)
 
     async def SubscribeQuotes(
         self, request: pb.SubscribeQuotesRequest, context: Context

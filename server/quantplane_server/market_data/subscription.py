@@ -242,9 +242,9 @@ class Subscription:
     async def _catch_up(self) -> AsyncIterator[bytes]:
         """Read from the bus up to where the fan-out is, then attach to it."""
         self._queue.clear()
-        reader, heads = self._reader, self._fanout.heads
+        reader = self._reader
         reader.reached = dict(self._place.delivered)
-        while behind := [s for s, at in reader.reached.items() if at < heads[s]]:
+        while behind := self._behind():
             for shard in behind:
                 for entry in await self._read(shard, reader.reached[shard]):
                     reader.push(shard, entry, self._part(entry))
@@ -343,6 +343,11 @@ class Subscription:
     def _part(self, entry: Entry) -> bytes:
         keys = self._reader.keys.intersection(entry.parts)
         return b"".join([entry.parts[key] for key in keys])
+
+    def _behind(self) -> list[int]:
+        """Return the shards in which the fan-out is further than the reader."""
+        heads = self._fanout.heads
+        return [s for s, at in self._reader.reached.items() if at < heads[s]]
 
     def _passed(self) -> dict[int, Position]:
         """Return where an attached reader is that has nothing pending."""

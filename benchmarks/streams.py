@@ -1,0 +1,100 @@
+"""Children at both ends of a stream: one that publishes a tape, one that reads it."""
+
+import asyncio
+from time import perf_counter, process_time
+from typing import Any
+
+import grpc
+
+from benchmarks.child import Parent
+from benchmarks.tape import Tape
+from quantplane import Client
+from quantplane import v1 as pb
+from quantplane.client import OPTIONS
+
+SERVICE = "/" + pb.StreamQuotesResponse.DESCRIPTOR.file.package + ".MarketDataService"
+SUBSCRIBE = f"{SERVICE}/SubscribeQuotes"
+STREAM = f"{SERVICE}/StreamQuotes"
+CHANNELS = 4  # connections that a child's streams share
+NEARLY = 0.9  # of the bytes: from here on, look for the marks
+
+
+def channels(target: str) -> list[grpc.aio.Channel]:
+    """Open connections of their own, not one that gRPC shares behind them."""
+    options = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+    return [grpc.aio.insecure_channel(target, options) for _ in range(CHANNELS)]
+
+
+def lossless(symbols: list[str]) -> str:
+    """Return a request for every quote, in hex."""
+    request = pb.SubscribeQuotesRequest(symbols=symbols, delivery=pb.DELIVERY_LOSSLESS)
+    return request.SerializeToString().hex()
+
+
+async def publish(
+    parent: Parent, target: str, tape: dict[str, Any], one_by_one: bool = False
+) -> None:
+    """Publish a tape when told to; say when it began, was accepted, was durable.
+
+    With `one_by_one`, each batch is accepted before the next is sent.
+    """
+    batches = list(Tape(**tape).batches())
+    async with Client(target) as client, client.publish_quotes() as feed:
+        await feed.send([])  # connected
+        parent.say(ready=True)
+        await parent.hear()
+        began = perf_counter()
+        for batch in batches:
+            await feed.send(batch)
+            if one_by_one:
+                await feed.flush()
+        await feed.flush()
+        parent.say(began=began, accepted=perf_counter())
+        await feed.durable()
+        parent.say(durable=perf_counter())
+
+
+async def read(
+    parent: Parent, target: str, method: str, request: str, readers: int,
+    tape: dict[str, Any],
+) -> None:  # fmt: skip
+    """Read a tape in many streams; say when all are open, and when all have it all.
+
+    Messages stay bytes and are only counted, so that the reader costs next to nothing.
+    """
+    streams = Streams(Tape(**tape))
+    opened = channels(target)
+    calls = [
+        opened[i % CHANNELS].unary_stream(method)(bytes.fromhex(request))
+        for i in range(readers)
+    ]
+    await asyncio.gather(*(call.read() for call in calls))
+    parent.say(ready=True)
+    before = process_time()
+    await asyncio.gather(*map(streams.read, calls))
+    parent.say(
+        done=perf_counter(), messages=streams.messages, bytes=streams.bytes,
+        cpu_s=process_time() - before,
+    )  # fmt: skip
+
+
+class Streams:
+    """Counts what streams of a tape carry."""
+
+    def __init__(self, tape: Tape) -> None:
+        self._marker = tape.marker
+        self._marks = tape.symbols
+        self._nearly = NEARLY * tape.quotes * len(tape.quote(0).SerializeToString())
+        self.messages = self.bytes = 0
+
+    async def read(self, call: Any) -> None:
+        """Read until every mark has come."""
+        size = marks = 0
+        while marks < self._marks:
+            message = await call.read()
+            assert message is not grpc.aio.EOF, "the server ended the stream"
+            self.messages += 1
+            size += len(message)
+            if size > self._nearly:
+                marks += message.count(self._marker)
+        self.bytes += size
