@@ -16,7 +16,17 @@ from quantplane.v1 import market_data_pb2
 
 ROOT = Path(__file__).parents[1]
 SERVER = ROOT / "server" / "quantplane_server"
-CORE = {"bus", "checks", "config", "db", "errors", "fanout", "migrate", "tasks", "tokens"}
+CORE = {
+    "bus",
+    "checks",
+    "config",
+    "db",
+    "errors",
+    "fanout",
+    "migrate",
+    "tasks",
+    "tokens",
+}
 COMPOSERS = {"main", "cli", "processes", "demo", "__main__"}
 SLICES = {"market_data"}
 TABLES = {

@@ -63,6 +63,7 @@ class FeedLease(NamedTuple):
     sessions: list[int]  # per shard
     lasts: list[int]  # per shard: the last batch it holds
     accepted_through: int  # every batch to here is on all its shards
+    heads: dict[int, Position]  # of the shards that hold any of its batches
 
 
 class Round(NamedTuple):
@@ -129,8 +130,9 @@ class Bus:
             ("quantplane_open_feed", _keys(shard, "meta", f"feed:{name}"), ())
             for shard in range(SHARDS)
         )
-        sessions, lasts, throughs, _ = zip(*replies, strict=True)
-        return FeedLease(name, list(sessions), list(lasts), max(throughs))
+        sessions, lasts, throughs, heads = zip(*replies, strict=True)
+        known = {s: Position.parse(heads[s]) for s in range(SHARDS) if lasts[s]}
+        return FeedLease(name, list(sessions), list(lasts), max(throughs), known)
 
     async def append(
         self, lease: FeedLease, batches: Round, through: int
@@ -163,6 +165,10 @@ class Bus:
         if full:
             raise Full
         return positions
+
+    async def note_accepted(self, lease: FeedLease, shard: int, through: int) -> None:
+        """Keep that every batch to `through` is on all its shards."""
+        await self._redis.hset(_key(shard, f"feed:{lease.name}"), "through", through)
 
     async def heads(self, shards: Iterable[int]) -> dict[int, Position]:
         """Return the positions of the last entries."""

@@ -44,14 +44,8 @@ HOLDS = {
 }
 FIGURES = [16, 20, 20, 16]  # characters of a name and its value, in each group
 COLUMNS = [  # name, characters, and how wide a terminal is to show it
-    ("symbol", 8, 0),
-    ("bid", 10, 0),
-    ("size", 6, 66),
-    ("ask", 10, 0),
-    ("size", 6, 66),
-    ("last", 10, 48),
-    ("change", 10, 0),
-    ("/s", 5, 54),
+    *(("symbol", 8, 0), ("bid", 10, 0), ("size", 6, 66), ("ask", 10, 0)),
+    *(("size", 6, 66), ("last", 10, 48), ("change", 10, 0), ("/s", 5, 54)),
 ]
 
 
@@ -209,9 +203,10 @@ class Demo:
             now_ns = time.time_ns()
             self._conflated += response.conflated_count
             for quote in response.quotes:
-                self._take(quote, now_ns)
+                self.take(quote, now_ns)
 
-    def _take(self, quote: pb.Quote, now_ns: int) -> None:
+    def take(self, quote: pb.Quote, now_ns: int) -> None:
+        """Note a quote that arrived at `now_ns`."""
         quoted_ns = quote.time.ToNanoseconds()
         if quoted_ns < self._started_ns or quote.bid <= 0 or quote.ask <= 0:
             return  # an earlier demo's, or some other feed's

@@ -23,6 +23,7 @@ from typing import Any
 
 import asyncpg
 import psutil
+
 from quantplane import Client
 from quantplane import v1 as pb
 from quantplane.follow import Follower
@@ -42,9 +43,7 @@ Numbers = dict[str, list[int]]  # by symbol, in the order they came
 
 
 def quote(number: int, symbols: tuple[str, ...] = SYMBOLS) -> pb.Quote:
-    made = pb.Quote(
-        symbol=symbols[number % len(symbols)], bid=number, ask=number + 0.5
-    )
+    made = pb.Quote(symbol=symbols[number % len(symbols)], bid=number, ask=number + 0.5)
     made.time.FromMicroseconds(EPOCH_US + number)
     return made
 

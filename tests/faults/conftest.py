@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import redis.asyncio as redis
-from quantplane_server.embedded import Postgres, Valkey
 
+from quantplane_server.embedded import Postgres, Valkey
 from tests.faults import Desk
 from tests.postgres import database
 

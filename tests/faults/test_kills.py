@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from quantplane import Client
-
 from tests.faults import Desk, Feed, Reader, Server, stream, subscribe
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import grpc
 import pytest
+
 from quantplane import Client, reason_of
 from quantplane import v1 as pb
 from quantplane_server.bus import shard_of
 from quantplane_server.main import serving
-
 from tests.conftest import Server
 from tests.market_data import Sender, kind, numbers, quote, quotes, read, until
 
@@ -368,7 +368,9 @@ async def test_history_is_followed_by_live_without_hole_or_duplicate(client: Cli
 
 
 async def test_history_resumes_in_its_middle(client: Client):
-    await publish(client, *[quotes("A", range(n, n + 1_000)) for n in range(1, 5_000, 1_000)])
+    await publish(
+        client, *[quotes("A", range(n, n + 1_000)) for n in range(1, 5_000, 1_000)]
+    )
     fields = {"delivery": LOSSLESS, "start_time": quote("A", 1).time}
     responses = subscribe(client, "A", **fields)
     page = await until(responses, "data")

@@ -9,6 +9,7 @@ holds the feed back.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 from quantplane import v1 as pb
 from quantplane_server import bus as buses
@@ -56,6 +57,8 @@ class Feed:
         check_feed(opening)
         self._lease = await self._bus.open_feed(opening.feed)
         self._accepted = self._lease.accepted_through
+        self._undurable.append((self._accepted, self._lease.heads))
+        self._note_durable()
         yield self._progress(next_batch=max(self._lease.lasts) + 1)
         self._reading = asyncio.create_task(self._read(requests))
         appending = asyncio.create_task(self._append())
@@ -156,6 +159,8 @@ class Feed:
                 self._accepted = max(self._accepted, batches.last)
                 self._undurable.append((batches.last, positions))
                 self._changed.set()
+                if not self._filled.is_set():  # else the next round says it
+                    await self._note_accepted(next(iter(positions), 0))
             elif self._ended:
                 return
 
@@ -175,6 +180,10 @@ class Feed:
             except buses.UNAVAILABLE:
                 self._tell_hold(pb.HOLD_REASON_BUS_UNAVAILABLE)
             await asyncio.sleep(RETRY_S)
+
+    async def _note_accepted(self, shard: int) -> None:
+        with suppress(*buses.UNAVAILABLE):
+            await self._bus.note_accepted(self._lease, shard, self._accepted)
 
     def _tell_hold(self, hold: "pb.HoldReason.ValueType") -> None:
         if hold != self._hold:
