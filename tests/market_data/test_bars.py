@@ -96,8 +96,9 @@ def resampled(bars: list[pb.Bar], seconds: int) -> list[pb.Bar]:
             high=max(row.high for row in rows), low=min(row.low for row in rows),
             volume=volume, bid=rows[-1].bid, ask=rows[-1].ask,
             bid_size=rows[-1].bid_size, ask_size=rows[-1].ask_size,
-            vwap=sum(row.vwap * row.volume for row in rows) / volume,
         )  # fmt: skip
+        if volume:
+            total.vwap = sum(row.vwap * row.volume for row in rows) / volume
         total.time.seconds = start
         made.append(total)
     return made
@@ -133,12 +134,22 @@ async def test_intervals_equal_an_independent_aggregation(client: Client, second
         got = await listed(
             client, "A", page_size=page_size, interval={"seconds": seconds}
         )
-        for one, other in zip(got, expected, strict=True):
-            assert one.vwap == pytest.approx(other.vwap, rel=1e-9, abs=1e-9)
-            other.vwap = one.vwap
-        assert got == expected
+        assert_equal_but_for_rounding(got, expected)
     chunks = await streamed(client, symbols=["A"], interval={"seconds": seconds})
-    assert [bar for chunk in chunks for bar in unpacked(chunk)] == got
+    got = [bar for chunk in chunks for bar in unpacked(chunk)]
+    assert_equal_but_for_rounding(got, expected)
+
+
+def assert_equal_but_for_rounding(got: list[pb.Bar], expected: list[pb.Bar]) -> None:
+    """A vwap is a sum of products, whose last bits depend on the order of the rows."""
+    for one, other in zip(got, expected, strict=True):
+        assert one.HasField("vwap") == other.HasField("vwap")
+        assert one.vwap == pytest.approx(other.vwap, rel=1e-9, abs=1e-9)
+        rounded = pb.Bar()
+        rounded.CopyFrom(one)
+        if one.HasField("vwap"):
+            rounded.vwap = other.vwap
+        assert rounded == other
 
 
 @both_editions
@@ -172,9 +183,7 @@ async def test_pages_do_not_shift_when_rows_are_inserted(client: Client):
 
 
 async def test_a_page_token_of_another_query_is_refused(client: Client):
-    await store(
-        client, [bar("A", m) for m in range(9)], [bar("B", m) for m in range(9)]
-    )
+    await store(client, [bar(s, m) for s in ("A", "B") for m in range(9)])
     request = pb.ListBarsRequest(symbol="A", page_size=4)
     token = (await client.market_data.ListBars(request)).next_page_token
     refused = (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PAGE_TOKEN")
