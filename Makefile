@@ -12,7 +12,7 @@ setup: .venv/.ready
 	touch $@
 
 run: setup
-	$(BIN)/quantplane-server up --demo
+	$(BIN)/quantplane-server up --demo --data-dir .quantplane/demo
 
 test: setup
 	$(BIN)/pytest

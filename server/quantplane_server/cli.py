@@ -4,8 +4,12 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+)
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -15,11 +19,13 @@ from pydantic import ValidationError
 
 from quantplane_server import bus as buses
 from quantplane_server import db as databases
+from quantplane_server import demo
 from quantplane_server.config import Settings
 from quantplane_server.embedded import EmbeddedError, Postgres, Valkey
 from quantplane_server.main import recording, serving
 from quantplane_server.migrate import SchemaOutdated, upgrade
 from quantplane_server.processes import READY, Child
+from quantplane_server.tasks import end
 
 app = typer.Typer(
     name="quantplane-server",
@@ -45,7 +51,7 @@ UntilEof = Annotated[bool, typer.Option("--until-eof", hidden=True)]
 
 @app.command()
 def up(
-    demo: Annotated[
+    with_demo: Annotated[
         bool, typer.Option("--demo", help="Add a simulated feed and a live view.")
     ] = False,
     ephemeral: Annotated[
@@ -60,7 +66,7 @@ def up(
 ) -> None:
     """Start everything: PostgreSQL, Valkey, migrations, the server."""
     settings = _settings(data_dir=data_dir, listen=listen)
-    _run(_up(settings, ephemeral, workers, demo))
+    _run(_up(settings, ephemeral, workers, with_demo))
 
 
 @app.command()
@@ -93,7 +99,9 @@ def migrate() -> None:
     _run(_migrate(settings.postgres_dsn))
 
 
-async def _up(settings: Settings, ephemeral: bool, workers: int, demo: bool) -> None:
+async def _up(
+    settings: Settings, ephemeral: bool, workers: int, with_demo: bool
+) -> None:
     async with AsyncExitStack() as stack:
         folder = None if ephemeral else settings.data_dir
         if not settings.postgres_dsn:
@@ -104,7 +112,8 @@ async def _up(settings: Settings, ephemeral: bool, workers: int, demo: bool) -> 
             settings = settings.model_copy(update={"redis_url": valkey.url})
         assert settings.postgres_dsn
         await upgrade(settings.postgres_dsn)
-        await _stay(_served(settings, workers), until_eof=False)
+        beside = demo.run if with_demo else None
+        await _stay(_served(settings, workers), beside=beside)
 
 
 @asynccontextmanager
@@ -141,22 +150,32 @@ async def _served(settings: Settings, workers: int) -> AsyncIterator[str]:
         yield settings.listen
 
 
-async def _stay(context: Any, until_eof: bool) -> None:
-    """Enter `context`, say so, and leave it when told to stop."""
+async def _stay(
+    context: AbstractAsyncContextManager[str | None],
+    until_eof: bool = False,
+    beside: Callable[[str], Coroutine[Any, Any, None]] | None = None,
+) -> None:
+    """Enter `context`, say so, and leave it when told to, or when `beside` ends."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     if until_eof:
 
-        def end() -> None:
+        def at_eof() -> None:
             loop.remove_reader(sys.stdin)
             stopped.set()
 
-        loop.add_reader(sys.stdin, end)
+        loop.add_reader(sys.stdin, at_eof)
     async with context as address:
         print(f"{READY}{address or 'the bus'}", flush=True)
-        await stopped.wait()
+        waits: list[asyncio.Task[Any]] = [asyncio.create_task(stopped.wait())]
+        if beside and address:
+            waits.append(asyncio.create_task(beside(address)))
+        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        await end(*waits)
+        for task in done:
+            task.result()
 
 
 def _settings(**given: object) -> Settings:
