@@ -23,6 +23,8 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python protos/generate.py --check
 	$(BIN)/buf lint protos
+	$(BIN)/buf breaking protos --against protos/released.binpb
+	$(BIN)/pytest -q tests/test_migrations.py -k up_and_down
 
 bench: setup
 	$(BIN)/python -m benchmarks

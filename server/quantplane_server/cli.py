@@ -25,6 +25,7 @@ from quantplane_server.embedded import EmbeddedError, Postgres, Valkey
 from quantplane_server.main import recording, serving
 from quantplane_server.migrate import SchemaOutdated, upgrade
 from quantplane_server.processes import READY, Child
+from quantplane_server.rpc.health import check
 from quantplane_server.tasks import end
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 WATCH_S = 0.2
 
+T = TypeVar("T")
 Embedded = TypeVar("Embedded", Postgres, Valkey)
 Listen = Annotated[
     str | None, typer.Option("--listen", metavar="HOST:PORT", help="Where to serve.")
@@ -97,6 +99,19 @@ def migrate() -> None:
     if not settings.postgres_dsn:
         _fail("QUANTPLANE_POSTGRES_DSN must name the database to migrate")
     _run(_migrate(settings.postgres_dsn))
+
+
+@app.command()
+def health(
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="HOST:PORT", help="The server.")
+    ] = None,
+) -> None:
+    """Ask a running server whether it serves; exit with 1 if not."""
+    status = _run(check(target or _settings().listen))
+    print(status.lower())
+    if status != "SERVING":
+        raise typer.Exit(1)
 
 
 async def _up(
@@ -190,16 +205,16 @@ async def _migrate(dsn: str) -> None:
     print("schema at", await upgrade(dsn))
 
 
-def _run(main: Coroutine[Any, Any, None]) -> None:
+def _run(main: Coroutine[Any, Any, T]) -> T:
     """Run to the end; what a person can mend is one sentence, not a traceback."""
     logging.basicConfig(
         level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s"
     )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(main)
+            return runner.run(main)
     except KeyboardInterrupt:
-        pass
+        raise typer.Exit(130) from None
     except (EmbeddedError, SchemaOutdated, RuntimeError, ValueError) as error:
         _fail(str(error))
     except databases.UNAVAILABLE + buses.UNAVAILABLE as error:

@@ -28,8 +28,9 @@ from quantplane import Client
 from quantplane import v1 as pb
 from quantplane.follow import Follower
 from quantplane.publish import QuotePublisher
-from quantplane_server.embedded import Postgres, Valkey
 from quantplane_server.processes import READY
+
+from tests.faults.backends import Service
 
 REPOSITORY = Path(__file__).parents[2]
 SYMBOLS = tuple(f"FX{n:02}" for n in range(24))  # over most of the shards
@@ -281,11 +282,16 @@ class Server:
                 recorder.kill()
 
     async def close(self) -> None:
+        """Kill it, and wait for what it leaves behind."""
         await self._end(signal.SIGKILL)
-        # Whoever comes next finds the bus and the database without a recorder.
-        gone = asyncio.to_thread(psutil.wait_procs, self._recorders, PATIENCE_S)
-        for left in (await gone)[1]:
-            left.kill()
+        try:
+            await until(
+                lambda: not any(map(_runs, self._recorders)),
+                "the recorder ends with its server",
+            )
+        finally:
+            for recorder in filter(_runs, self._recorders):
+                recorder.kill()
 
     async def _end(self, number: signal.Signals) -> int:
         process, self._process = self._process, None
@@ -302,14 +308,14 @@ class Server:
 class Desk:
     """PostgreSQL and Valkey, an empty database and an empty bus."""
 
-    postgres: Postgres
-    valkey: Valkey
+    postgres: Service
+    valkey: Service
     dsn: str
     rng: random.Random = field(repr=False)
 
     @asynccontextmanager
     async def server(self, **settings: object) -> AsyncIterator[Server]:
-        server = Server(self.dsn, self.valkey.url, settings)
+        server = Server(self.dsn, self.valkey.address, settings)
         try:
             await server.start()
             yield server
@@ -320,7 +326,7 @@ class Desk:
         """Wait for a random moment."""
         await asyncio.sleep(self.rng.uniform(shortest_s, longest_s))
 
-    async def restart(self, service: Postgres | Valkey) -> None:
+    async def restart(self, service: Service) -> None:
         """Kill a service, and start it again a moment later."""
         await service.kill()
         await self.pause(0, 0.5)
@@ -356,6 +362,13 @@ def _row(number: int, symbols: tuple[str, ...]) -> tuple[Any, ...]:
     price = number + 0.25  # the middle: the feed has no trades
     symbol = symbols[number % len(symbols)]
     return symbol, at, price, price, price, price, float(number), number + 0.5
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def free_port() -> int:

@@ -1,6 +1,5 @@
 """A PostgreSQL and a Valkey that can be killed: both keep what they have on disk."""
 
-import asyncio
 import os
 import random
 from collections.abc import AsyncIterator, Iterator
@@ -8,20 +7,17 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import redis.asyncio as redis
 
-from quantplane_server.embedded import Postgres, Valkey
 from tests.faults import Desk
+from tests.faults.backends import Service, backends
 from tests.postgres import database
+
+Backends = tuple[Service, Service]
 
 
 @pytest.fixture(scope="session")
-def backends(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Postgres, Valkey]]:
-    folder = tmp_path_factory.mktemp("backends")
-    postgres, valkey = Postgres(folder), Valkey(folder)
-    yield postgres, valkey
-    asyncio.run(postgres.close())
-    asyncio.run(valkey.close())
+def postgres_and_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backends]:
+    with backends(tmp_path_factory.mktemp("backends")) as services:
+        yield services
 
 
 @pytest.fixture
@@ -34,13 +30,13 @@ def rng() -> random.Random:
 
 @pytest.fixture
 async def desk(
-    backends: tuple[Postgres, Valkey], rng: random.Random
+    postgres_and_valkey: Backends, rng: random.Random
 ) -> AsyncIterator[Desk]:
-    postgres, valkey = backends
+    postgres, valkey = postgres_and_valkey
     await postgres.start()
     await valkey.start()
-    async with redis.Redis.from_url(valkey.url) as client:
+    async with redis.Redis.from_url(valkey.address) as client:
         await client.flushall()
-    async with database(postgres.dsn) as dsn:
+    async with database(postgres.address) as dsn:
         yield Desk(postgres, valkey, dsn, rng)
-        await postgres.start()  # for the next test, if this one failed halfway
+        await postgres.start()  # a test that failed may have left it killed

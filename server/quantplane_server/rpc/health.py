@@ -4,7 +4,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
-from grpc_health.v1 import health_pb2
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
 logger = logging.getLogger(__name__)
@@ -38,3 +39,15 @@ async def _all_answer(checks: list[Check]) -> bool:
         logger.debug("not healthy: %r", error)
         return False
     return True
+
+
+async def check(target: str) -> str:
+    """Return what the server at `target` says of itself, or UNREACHABLE."""
+    request = health_pb2.HealthCheckRequest()
+    async with grpc.aio.insecure_channel(target) as channel:
+        try:
+            stub = health_pb2_grpc.HealthStub(channel)
+            response = await stub.Check(request, timeout=CHECK_S)
+        except grpc.aio.AioRpcError:
+            return "UNREACHABLE"
+    return str(Status.ServingStatus.Name(response.status))

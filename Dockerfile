@@ -1,0 +1,20 @@
+# The server without its embedded services: it wants a PostgreSQL and a Redis.
+FROM python:3.12-slim AS build
+WORKDIR /src
+COPY constraints.txt pyproject.toml README.md ./
+COPY client client
+COPY server server
+COPY migrations migrations
+RUN python -m venv /opt/quantplane \
+ && /opt/quantplane/bin/pip install --no-cache-dir -c constraints.txt ./client .
+
+FROM python:3.12-slim
+RUN useradd --system --uid 10001 --no-create-home quantplane
+COPY --from=build /opt/quantplane /opt/quantplane
+ENV PATH=/opt/quantplane/bin:$PATH PYTHONUNBUFFERED=1 QUANTPLANE_LISTEN=0.0.0.0:50051
+USER quantplane
+EXPOSE 50051
+HEALTHCHECK --interval=5s --timeout=3s --start-period=10s \
+    CMD ["quantplane-server", "health", "--target", "127.0.0.1:50051"]
+ENTRYPOINT ["quantplane-server"]
+CMD ["serve"]
