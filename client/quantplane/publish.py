@@ -45,6 +45,7 @@ class QuotePublisher:
         )
         self._accepted_through = self._durable_through = 0
         self._hold: pb.HoldReason.ValueType = pb.HOLD_REASON_UNSPECIFIED
+        self._sent_through = 0  # by this publisher
         self._next_batch = 0  # 0: not known before the server's first response
         self._unaccepted: deque[tuple[int, bytes]] = deque()
         self._unaccepted_bytes = 0
@@ -111,12 +112,12 @@ class QuotePublisher:
 
     async def flush(self) -> None:
         """Wait until everything sent is accepted."""
-        last = self._next_batch - 1
+        last = self._sent_through
         await self._until(lambda: self._accepted_through >= last)
 
     async def durable(self) -> None:
         """Wait until everything sent is committed in the database."""
-        last = self._next_batch - 1
+        last = self._sent_through
         await self._until(lambda: self._durable_through >= last)
 
     async def _until(self, reached: Callable[[], bool]) -> None:
@@ -139,6 +140,7 @@ class QuotePublisher:
         number = self._next_batch
         request = pb.PublishQuotesRequest(batch=number, quotes=quotes)
         batch = request.SerializeToString()
+        self._sent_through = number
         self._next_batch += 1
         self._unaccepted.append((number, batch))
         self._unaccepted_bytes += len(batch)

@@ -131,6 +131,22 @@ async def test_a_feed_that_comes_back_is_told_what_is_durable(client: Client):
     assert (again.accepted_through, again.durable_through) == (2, 2)
 
 
+async def test_a_publisher_that_sends_nothing_waits_for_nothing(
+    client: Client, redis_url: str
+):
+    """Also where its predecessor died in the middle of a batch."""
+    sender, _ = await opened(client, "f")
+    await sender.send(batch(1, quote("A", 1)))
+    await accepted(sender, 1)
+    sender.call.cancel()
+    async with redis.Redis.from_url(redis_url) as valkey:
+        key = f"quantplane:{{q{shard_of(b'A')}}}:feed:f"
+        await valkey.hset(key, "through", 0)
+    async with client.publish_quotes(feed="f") as publisher:
+        await publisher.flush()
+        await publisher.durable()
+
+
 async def test_the_newest_connection_keeps_the_feed(client: Client):
     old, _ = await opened(client, "f")
     new, _ = await opened(client, "f")
