@@ -32,7 +32,9 @@ class Goal(NamedTuple):
 
     def met(self, figure: Figure) -> bool:
         number: float = getattr(figure, self.what)
-        return number >= self.least if self.least is not None else number <= self.most  # type: ignore[operator]
+        if self.least is not None:
+            return number >= self.least
+        return self.most is None or number <= self.most
 
 
 class Benchmark(NamedTuple):
@@ -116,6 +118,12 @@ def table(figures: dict[str, Figure]) -> Table:
             numbers = _numbers(p99, figure.extra["baseline_p99"], figure.unit)
             shown.add_row("  its p99", *numbers)
     return shown
+
+
+def _verdict(goal: Goal | None, figure: Figure) -> tuple[str, str]:
+    if goal is None:
+        return "", ""
+    return str(goal), "[green]met[/]" if goal.met(figure) else "[red]missed[/]"
 
 
 def _numbers(value: float, baseline: float, unit: str) -> tuple[str, str, str]:

@@ -10,7 +10,7 @@ from benchmarks.tape import Tape
 
 READERS = 20
 QUOTES = 200_000
-SINGLE_QUOTES = 5_000  # a server that writes one quote a message needs long for more
+SINGLE_QUOTES = 2_000  # a server that writes one quote a message needs long for more
 SETTLE_S = 0.3  # between the last stream's opening and the first quote
 
 

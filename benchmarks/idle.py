@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import grpc
 import psutil
 
 from benchmarks import bare, streams
@@ -73,5 +74,5 @@ def _request(i: int) -> bytes:
 
 
 async def _drop(call: Any) -> None:
-    async for _ in call:  # heartbeats
+    while await call.read() is not grpc.aio.EOF:  # heartbeats
         pass

@@ -10,7 +10,7 @@ from benchmarks.tape import Tape
 from quantplane import Client
 from quantplane import v1 as pb
 
-QUOTES = 400_000
+QUOTES = 200_000
 READERS = 9
 SLOW_PER_S = 20  # messages
 MAX_UNACKNOWLEDGED = 16
@@ -23,7 +23,7 @@ async def cost(bench: Bench) -> Figure:
             "quotes/s",
             lambda: _beside_slow_one(bench, target),
             lambda: from_server(bench, target, Tape(QUOTES), READERS),
-            rounds=4,
+            rounds=5,
         )
 
 

@@ -153,6 +153,9 @@ async def _kept(service: Embedded) -> AsyncIterator[Embedded]:
 @asynccontextmanager
 async def _served(settings: Settings, workers: int) -> AsyncIterator[str]:
     """Serve and record: one process that serves, or several, and one that records."""
+    settings.backends()  # refuses at once what is not set
+    if workers > 1 and settings.listen.endswith(":0"):
+        raise ValueError("workers share a port: give --listen one that is not 0")
     async with AsyncExitStack() as stack:
         recorder = Child("record", settings=settings)
         await stack.enter_async_context(recorder.running())

@@ -30,6 +30,15 @@ class Settings(BaseSettings):
     grace_s: PositiveFloat = 10.0
     """How long a stopping server waits for its calls to finish."""
 
+    def backends(self) -> tuple[str, str]:
+        """Return the DSN and the URL. Raises ValueError where one is not set."""
+        if not (self.postgres_dsn and self.redis_url):
+            raise ValueError(
+                "QUANTPLANE_POSTGRES_DSN and QUANTPLANE_REDIS_URL must be set; "
+                "`quantplane-server up` brings its own"
+            )
+        return self.postgres_dsn, self.redis_url
+
     def environment(self) -> dict[str, str]:
         """Return these settings as the variables that make them."""
         return {

@@ -96,12 +96,11 @@ async def recording(settings: Settings) -> AsyncIterator[None]:
 
 
 async def _backends(settings: Settings, stack: AsyncExitStack) -> tuple[Database, Bus]:
-    if not (settings.postgres_dsn and settings.redis_url):
-        raise ValueError("QUANTPLANE_POSTGRES_DSN and QUANTPLANE_REDIS_URL must be set")
-    db = await Database.open(settings.postgres_dsn, settings.pool_size)
+    postgres_dsn, redis_url = settings.backends()
+    db = await Database.open(postgres_dsn, settings.pool_size)
     stack.push_async_callback(db.close)
     await check_current(db)
-    bus = Bus(settings.redis_url, (settings.cap_mb << 20) // SHARDS)
+    bus = Bus(redis_url, (settings.cap_mb << 20) // SHARDS)
     stack.push_async_callback(bus.close)
     await bus.open()
     return db, bus
@@ -122,5 +121,7 @@ def _bind(server: grpc.aio.Server, listen: str) -> str:
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise RuntimeError(f"can't listen on {listen}: is the port in use?") from error
+        raise RuntimeError(
+            f"can't listen on {listen}: it must be HOST:PORT, and the port free"
+        ) from error
     return f"{host}:{port}"

@@ -129,6 +129,10 @@ class Feed:
             await self.send(due)
             await asyncio.sleep(TICK_S)
 
+    async def all_accepted(self) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            await self.publisher.flush()
+
     async def all_durable(self) -> None:
         async with asyncio.timeout(PATIENCE_S):
             await self.publisher.durable()
@@ -275,6 +279,25 @@ class Server:
     async def stop(self) -> int:
         """Send SIGTERM and return the exit code."""
         return await self._end(signal.SIGTERM)
+
+    @asynccontextmanager
+    async def growth_below(self, limit: int) -> AsyncIterator[None]:
+        """Fail if the memory ever grows by more than `limit` while the block runs."""
+        before = most = self.memory
+
+        async def watch() -> None:
+            nonlocal most
+            while True:
+                most = max(most, self.memory)
+                await asyncio.sleep(TICK_S)
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+        print(f"memory: {before / MIB:.1f} MiB, at most {most / MIB:.1f} MiB")
+        assert most - before < limit, f"grew by {(most - before) / MIB:.1f} MiB"
 
     def kill_recorder(self) -> None:
         if recorder := self.recorder:
