@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build"
 LOG = BUILD / "bench.log"  # standard error of every process
 
-ANSWER_S = 60.0  # for anything that a process is to say
+ANSWER_S = 30.0  # for anything that a process is to say
 STOP_S = 5.0  # for a process to end by itself
 LINE_BYTES = 16 << 20  # of JSON from a child, at most
 
@@ -97,8 +97,13 @@ class Process:
 
     async def line(self) -> str:
         assert self._process.stdout
-        async with asyncio.timeout(ANSWER_S):
-            line = await self._process.stdout.readline()
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                line = await self._process.stdout.readline()
+        except TimeoutError:
+            raise RuntimeError(
+                f"{self._name} was silent for {ANSWER_S:.0f} s"
+            ) from None
         if not line:
             code = await self._process.wait()
             raise RuntimeError(f"{self._name} ended with exit code {code}: see {LOG}")

@@ -35,39 +35,56 @@ local function open_feed(keys)
   return {session, tonumber(state[1] or 0), tonumber(state[2] or 0), head(meta)}
 end
 
--- Appends one entry, once. KEYS meta stream latest feed
--- ARGV session first last through cap_bytes feed_ttl_s, then per key: key, its
--- records but the last, its last record
--- -> status, position
-local function append(keys, args)
-  local meta, stream, latest, feed = keys[1], keys[2], keys[3], keys[4]
-  local state = redis.call('HMGET', feed, 'session', 'last')
-  if not state[1] then return {'FORGOTTEN', ''} end -- the bus was lost since
-  if state[1] ~= args[1] then return {'REPLACED', ''} end
-  if tonumber(args[2]) <= tonumber(state[2] or 0) then
+-- Appends one entry to one shard, once. args[at] is the session, its keys are
+-- args[at + 3 ...], three for each of `count`: key, records but the last, the last.
+local function append_entry(keys, args, at, count, terms)
+  local meta, stream, latest, feed = unpack(keys)
+  local known = redis.call('HMGET', feed, 'session', 'last')
+  if not known[1] then return {'FORGOTTEN', ''} end -- the bus was lost since
+  if known[1] ~= args[at] then return {'REPLACED', ''} end
+  if tonumber(args[at + 1]) <= tonumber(known[2] or 0) then
     return {'APPENDED', head(meta)}
   end
-  create(meta)
-  local bytes = redis.call('HMGET', meta, 'appended', 'recorded')
-  if bytes[1] - bytes[2] >= tonumber(args[5]) then return {'FULL', ''} end
+  local state = redis.call('HMGET', meta, 'epoch', 'number', 'appended', 'recorded')
+  local appended = tonumber(state[3])
+  if appended - state[4] >= terms.cap then return {'FULL', ''} end
 
-  local size, fields, values = 0, {'', ''}, {}
-  for i = 7, #args, 3 do
+  local fields, values = {'', ''}, {}
+  for i = at + 3, at + 3 * count, 3 do
     local records = args[i + 1] .. args[i + 2]
-    size = size + #args[i] + #records
+    appended = appended + #args[i] + #records
     fields[#fields + 1] = args[i]
     fields[#fields + 1] = records
     values[#values + 1] = args[i]
     values[#values + 1] = args[i + 2]
   end
-  fields[2] = redis.call('HINCRBY', meta, 'appended', size)
-  redis.call('HINCRBY', meta, 'number', 1)
-  local position = head(meta)
+  fields[2] = string.format('%.0f', appended)
+  local number = string.format('%.0f', state[2] + 1)
+  local position = state[1] .. '-' .. number
   redis.call('XADD', stream, position, unpack(fields))
   redis.call('HSET', latest, unpack(values))
-  redis.call('HSET', feed, 'last', args[3], 'through', args[4])
-  redis.call('EXPIRE', feed, args[6])
+  redis.call('HSET', meta, 'number', number, 'appended', fields[2])
+  redis.call('HSET', feed, 'last', terms.last, 'through', terms.through)
+  redis.call('EXPIRE', feed, terms.ttl)
   return {'APPENDED', position}
+end
+
+-- Appends a round to its shards. KEYS per shard: meta stream latest feed
+-- ARGV last through cap_bytes feed_ttl_s, then per shard: session first count, and
+-- count times: key, its records but the last, its last record
+-- -> per shard: status, position
+local function append(keys, args)
+  local terms = {
+    last = args[1], through = args[2], cap = tonumber(args[3]), ttl = args[4]
+  }
+  local replies, at = {}, 5
+  for i = 1, #keys, 4 do
+    local count = tonumber(args[at + 2])
+    local shard = {keys[i], keys[i + 1], keys[i + 2], keys[i + 3]}
+    replies[#replies + 1] = append_entry(shard, args, at, count, terms)
+    at = at + 3 + 3 * count
+  end
+  return replies
 end
 
 -- Reads the last records and the position they are as of. KEYS meta latest
@@ -81,12 +98,22 @@ local function snapshot(keys, args)
   return {head(keys[1]), records}
 end
 
--- Notes what the database has, and trims. KEYS meta stream
--- ARGV position appended trim_before ('' for nothing) channel message
+-- Notes what the database has, trims, and tells everyone. KEYS per shard: meta stream
+-- ARGV channel message, then per shard: position appended trim_before ('' for nothing)
 local function mark_recorded(keys, args)
-  redis.call('HSET', keys[1], 'position', args[1], 'recorded', args[2])
-  if args[3] ~= '' then redis.call('XTRIM', keys[2], 'MINID', args[3]) end
-  redis.call('PUBLISH', args[4], args[5])
+  local at = 3
+  for i = 1, #keys, 2 do
+    local position, appended, trim_before = unpack(args, at, at + 2)
+    -- Of a bus that was lost since, nothing is recorded yet.
+    if redis.call('HGET', keys[i], 'epoch') == string.match(position, '^%d+') then
+      redis.call('HSET', keys[i], 'position', position, 'recorded', appended)
+    end
+    if trim_before ~= '' then
+      redis.call('XTRIM', keys[i + 1], 'MINID', trim_before)
+    end
+    at = at + 3
+  end
+  redis.call('PUBLISH', args[1], args[2])
 end
 
 redis.register_function('quantplane_open_feed', open_feed)

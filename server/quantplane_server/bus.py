@@ -7,7 +7,13 @@ steps; this module gives them names.
 """
 
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -16,7 +22,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
 
-SHARDS = 16
+SHARDS = 4  # each costs every round something; a Redis Cluster can use as many masters
 UNAVAILABLE: tuple[type[Exception], ...] = (ConnectionError, TimeoutError)
 
 FEED_TTL_S = 30 * 24 * 3600  # a feed unheard of for so long starts its numbers anew
@@ -142,17 +148,18 @@ class Bus:
         `through` is the last batch known to be on all its shards. To append a round
         again is safe. Raises Full, Replaced or Forgotten; some shards may have it.
         """
-        calls = []
+        keys: list[str] = []
+        args: list[Any] = [batches.last, through, self._cap_bytes, FEED_TTL_S]
         for shard, parts in batches.parts.items():
-            args: list[Any] = [lease.sessions[shard], batches.firsts[shard]]
-            args += [batches.last, through, self._cap_bytes, FEED_TTL_S]
+            keys += _keys(shard, "meta", "stream", "latest", f"feed:{lease.name}")
+            args += [lease.sessions[shard], batches.firsts[shard], len(parts)]
             for key, records in parts.items():
                 args += [key, b"".join(records[:-1]), records[-1]]
-            keys = _keys(shard, "meta", "stream", "latest", f"feed:{lease.name}")
-            calls.append(("quantplane_append", keys, args))
+        if not keys:
+            return {}
+        (replies,) = await self._calls([("quantplane_append", keys, args)])
         positions = {}
         full = False
-        replies = await self._calls(calls)
         for shard, (status, position) in zip(batches.parts, replies, strict=True):
             if status == b"REPLACED":
                 raise Replaced
@@ -230,21 +237,17 @@ class Bus:
         finally:
             await client.aclose()
 
-    async def mark_recorded(self, marks: Iterable[Mark]) -> None:
+    async def mark_recorded(self, marks: Sequence[Mark]) -> None:
         """Tell every server what the database has; drop what no one needs."""
-        await self._calls(
-            (
-                "quantplane_mark_recorded",
-                _keys(mark.shard, "meta", "stream"),
-                [
-                    *(str(mark.position), mark.appended, str(mark.trim_before or "")),
-                    *(RECORDED, f"{mark.shard} {mark.position}"),
-                ],
-            )
-            for mark in marks
-        )
+        news = " ".join(f"{mark.shard} {mark.position}" for mark in marks)
+        keys: list[str] = []
+        args: list[Any] = [RECORDED, news]
+        for mark in marks:
+            keys += _keys(mark.shard, "meta", "stream")
+            args += [str(mark.position), mark.appended, str(mark.trim_before or "")]
+        await self._calls([("quantplane_mark_recorded", keys, args)])
 
-    async def follow_recorded(self) -> AsyncIterator[tuple[int, Position]]:
+    async def follow_recorded(self) -> AsyncIterator[dict[int, Position]]:
         """Yield what is recorded, by shard: all that is known, then each change.
 
         When no news came for a while it asks again: news may be lost, facts are not.
@@ -252,13 +255,15 @@ class Bus:
         async with self._redis.pubsub(ignore_subscribe_messages=True) as news:
             await news.subscribe(RECORDED)
             while True:
-                for shard in range(SHARDS):
-                    known: Any = await self._redis.hget(_key(shard, "meta"), "position")
-                    if known:
-                        yield shard, Position.parse(known)
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    for shard in range(SHARDS):
+                        pipe.hget(_key(shard, "meta"), "position")
+                    known = await pipe.execute()
+                yield {s: Position.parse(at) for s, at in enumerate(known) if at}
                 while message := await news.get_message(timeout=NEWS_S):
-                    number, _, position = message["data"].partition(b" ")
-                    yield int(number), Position.parse(position)
+                    words = message["data"].split()
+                    pairs = zip(words[::2], words[1::2], strict=True)
+                    yield {int(s): Position.parse(at) for s, at in pairs}
 
     async def _calls(
         self, calls: Iterable[tuple[str, list[str], Iterable[Any]]]

@@ -29,7 +29,6 @@ from quantplane import v1 as pb
 from quantplane.follow import Follower
 from quantplane.publish import QuotePublisher
 from quantplane_server.processes import READY
-
 from tests.faults.backends import Service
 
 REPOSITORY = Path(__file__).parents[2]

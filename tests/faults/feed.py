@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+
 from quantplane import Client, reason_of
 from quantplane import v1 as pb
-
 from tests.faults import quote
 
 QUOTES = 20  # a batch

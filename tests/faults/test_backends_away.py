@@ -4,7 +4,6 @@ import asyncio
 
 from quantplane import Client
 from quantplane import v1 as pb
-
 from tests.faults import Desk, Feed, Reader, stream, until
 
 AWAY_S = 10

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from quantplane import Client
-
 from tests.faults import (
     PATIENCE_S,
     REPOSITORY,

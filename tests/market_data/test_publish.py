@@ -301,14 +301,14 @@ async def test_a_feed_is_held_back_while_the_bus_is_full_and_told_why(
     server: Server, settings: Any, dsn: str
 ):
     """Nothing records here, so that the bus fills."""
-    small = settings.model_copy(update={"cap_mb": 1})  # 64 KiB per shard
+    small = settings.model_copy(update={"cap_mb": 1})  # 256 KiB per shard
     async with serving(small) as target, Client(target) as client:
         responses = await lossless(client, "A")
         async with asyncpg.create_pool(dsn, min_size=1, max_size=1) as pool:
             async with pool.acquire() as conn, conn.transaction():
                 await conn.execute("LOCK TABLE bus_positions")  # the recorder waits
                 sender, _ = await opened(client, "f")
-                sent = 40
+                sent = 100
                 for n in range(sent):
                     many = quotes("A", range(n * 100, n * 100 + 100))
                     await sender.send(batch(n + 1, *many))
@@ -317,7 +317,7 @@ async def test_a_feed_is_held_back_while_the_bus_is_full_and_told_why(
                 assert held.accepted_through < sent
         freed = await reached(sender, lambda r: r.durable_through == sent)
         assert not freed.hold
-        assert numbers(await read(responses, 4_000), "A") == list(range(4_000))
+        assert numbers(await read(responses, 10_000), "A") == list(range(10_000))
 
 
 async def test_draining_ends_a_feed_after_what_it_sent_is_accepted(

@@ -26,8 +26,8 @@ class Durability:
     async def run(self) -> None:
         while True:
             try:
-                async for shard, position in self._bus.follow_recorded():
-                    self._recorded[shard] = position
+                async for positions in self._bus.follow_recorded():
+                    self._recorded.update(positions)
                     for event in self.changed:
                         event.set()
             except UNAVAILABLE as error:

@@ -57,21 +57,34 @@ async def bus_positions(conn: Connection, shards: Iterable[int]) -> dict[int, Po
     return {row["shard"]: Position(row["epoch"], row["number"]) for row in rows}
 
 
-async def move_bus_position(
-    conn: Connection, shard: int, old: Position, new: Position
-) -> bool:
-    """Move a shard's position from `old` to `new`; false if it is not at `old`."""
+class Move(NamedTuple):
+    """A shard's position, as it is and as it shall be."""
+
+    shard: int
+    old: Position
+    new: Position
+
+
+async def move_bus_positions(conn: Connection, moves: Sequence[Move]) -> bool:
+    """Move positions; false if one of them is not where its move says."""
     done = await conn.execute(
         """
-        INSERT INTO bus_positions AS b (shard, epoch, number) VALUES ($1, $4, $5)
-        ON CONFLICT (shard) DO UPDATE SET epoch = $4, number = $5
-         WHERE b.epoch = $2 AND b.number = $3
+        INSERT INTO bus_positions AS b (shard, epoch, number)
+        SELECT shard, epoch, number
+          FROM unnest($1::int[], $2::bigint[], $3::bigint[])
+               AS moved (shard, epoch, number)
+        ON CONFLICT (shard) DO UPDATE
+           SET epoch = excluded.epoch, number = excluded.number
+         WHERE (b.shard, b.epoch, b.number) IN
+               (SELECT * FROM unnest($1::int[], $4::bigint[], $5::bigint[]))
         """,
-        shard,
-        *old,
-        *new,
+        [move.shard for move in moves],
+        [move.new.epoch for move in moves],
+        [move.new.number for move in moves],
+        [move.old.epoch for move in moves],
+        [move.old.number for move in moves],
     )
-    return bool(done == "INSERT 0 1")
+    return bool(done == f"INSERT 0 {len(moves)}")
 
 
 async def record_quotes(conn: Connection, quotes: Iterable[pb.Quote]) -> int:

@@ -17,6 +17,7 @@ from quantplane_server import db as databases
 from quantplane_server.bus import SHARDS, START, Bus, Entry, Mark, Position
 from quantplane_server.db import Connection, Database
 from quantplane_server.market_data import queries
+from quantplane_server.market_data.queries import Move
 from quantplane_server.tasks import end
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,8 @@ class Recorder:
                     "them and not recorded is lost",
                     *(shard, position, heads[shard]),
                 )
-                await queries.move_bus_position(conn, shard, position, heads[shard])
+                move = Move(shard, position, heads[shard])
+                await queries.move_bus_positions(conn, [move])
                 position = heads[shard]
             self._shards[shard] = _Shard(shard, position)
             await self._announce(shard, position)
@@ -165,14 +167,13 @@ class Recorder:
             part for _, es in work for entry in es for part in entry.parts.values()
         )
         quotes = pb.StreamQuotesResponse.FromString(payload).quotes
+        for shard, entries in work:
+            _warn_of_holes(shard, entries[0].position)
         async with conn.transaction():
             await queries.record_quotes(conn, quotes)
-            for shard, entries in work:
-                _warn_of_holes(shard, entries[0].position)
-                if not await queries.move_bus_position(
-                    conn, shard.number, shard.position, entries[-1].position
-                ):
-                    raise _TakenOver
+            moves = [Move(s.number, s.position, es[-1].position) for s, es in work]
+            if not await queries.move_bus_positions(conn, moves):
+                raise _TakenOver
         marks = []
         for shard, entries in work:
             shard.position, appended = entries[-1].position, entries[-1].appended

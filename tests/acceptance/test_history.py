@@ -1,0 +1,108 @@
+"""From the database to the live tail in one stream, without hole or duplicate."""
+
+import random
+from datetime import UTC, datetime, timedelta
+
+from quantplane import Client
+from quantplane import v1 as pb
+from tests.acceptance import PATIENCE_S, stamp
+from tests.faults import (
+    EPOCH_US,
+    SYMBOLS,
+    Feed,
+    Reader,
+    difference,
+    numbers_through,
+    stream,
+    subscribe,
+    until,
+)
+
+RECORDED = 20_000  # quotes before anyone subscribes: some ten pages of history
+
+
+def time_of(number: int) -> datetime:
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=EPOCH_US + number)
+
+
+async def test_history_and_live_quotes_come_once_and_in_order(client: Client):
+    async with client.publish_quotes("feed") as publisher:
+        feed = Feed(publisher)
+        await feed.send(RECORDED)
+        await feed.all_durable()
+        async with feed.running():
+            start = stamp(time_of(0))
+            async with (
+                Reader(stream(client, start_time=start)) as by_stream,
+                Reader(subscribe(client, start_time=start)) as by_subscription,
+            ):
+                await until(
+                    lambda: by_stream.count > RECORDED + 5_000, "recorded and live"
+                )
+                feed_now = feed.sent
+                await until(lambda: by_subscription.count >= feed_now, "the same")
+                await feed.all_accepted()
+                for reader in (by_stream, by_subscription):
+                    expected = numbers_through(feed.sent)
+                    await until(lambda r=reader: r.count >= feed_now, "all of it")
+                    for symbol, numbers in reader.numbers.items():
+                        assert numbers == expected[symbol][: len(numbers)]
+
+
+async def test_history_begins_at_the_start_time(client: Client):
+    first = 5_001
+    async with client.publish_quotes("feed") as publisher:
+        feed = Feed(publisher)
+        await feed.send(RECORDED)
+        await feed.all_durable()
+        follower = subscribe(client, start_time=stamp(time_of(first)))
+        async with Reader(follower) as reader:
+            await feed.send(1_000)
+            wanted = feed.sent - first + 1
+            await until(lambda: reader.count >= wanted, "recorded and live")
+            expected = {
+                symbol: [number for number in numbers if number >= first]
+                for symbol, numbers in numbers_through(feed.sent).items()
+            }
+            assert difference(reader.numbers, expected) == []
+
+
+async def test_a_stream_cut_in_history_goes_on_by_its_token(client: Client):
+    seed = random.randrange(10**9)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    request = pb.SubscribeQuotesRequest(
+        symbols=SYMBOLS, delivery=pb.DELIVERY_LOSSLESS, start_time=stamp(time_of(0))
+    )
+    async with client.publish_quotes("feed") as publisher:
+        feed = Feed(publisher)
+        await feed.send(RECORDED)
+        await feed.all_durable()
+        reader = Reader(subscribe(client))  # keeps what all the streams read
+        cuts_in_history = 0
+        async with feed.running():
+            while reader.count < RECORDED + 5_000:
+                await read_some(client, request, reader, rng.randint(2, 4))
+                cuts_in_history += reader.count < RECORDED
+        await feed.all_accepted()
+        while reader.count < feed.sent:
+            await read_some(client, request, reader, 3)
+        assert cuts_in_history >= 3
+        assert difference(reader.numbers, numbers_through(feed.sent)) == []
+
+
+async def read_some(
+    client: Client,
+    request: pb.SubscribeQuotesRequest,
+    reader: Reader,
+    responses: int,
+) -> None:
+    """Read some responses from the request's token on, and move it."""
+    call = client.market_data.SubscribeQuotes(request, timeout=PATIENCE_S)
+    for _ in range(responses):
+        response = await call.read()
+        reader.take(response)
+        request.resume_token = response.resume_token or request.resume_token
+        if reader.count and not response.quotes and request.resume_token:
+            continue
+    call.cancel()
