@@ -23,7 +23,7 @@ async def cost(bench: Bench) -> Figure:
             "quotes/s",
             lambda: _beside_slow_one(bench, target),
             lambda: from_server(bench, target, Tape(QUOTES), READERS),
-            rounds=5,
+            rounds=7,
         )
 
 

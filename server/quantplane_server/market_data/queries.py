@@ -1,10 +1,11 @@
 """All SQL on market_data and bus_positions."""
 
+import asyncio
 import struct
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from io import BytesIO
-from math import nan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,16 +27,11 @@ BAR_VALUES = (
 
 
 async def prepare_recorder(conn: Connection) -> None:
-    """Create the session's staging table for record_quotes.
-
-    NaN and -1 stand for null in it, so that its rows have one layout.
-    """
+    """Create the session's staging table for upsert_quotes."""
     await conn.execute(
         """
-        CREATE TEMPORARY TABLE IF NOT EXISTS staged_quotes (
-            time timestamptz, symbol text, price float8, volume bigint,
-            bid float8, ask float8, bid_size int, ask_size int
-        ) ON COMMIT DELETE ROWS
+        CREATE TEMPORARY TABLE IF NOT EXISTS staged_quotes (LIKE market_data)
+            ON COMMIT DELETE ROWS
         """
     )
 
@@ -87,24 +83,18 @@ async def move_bus_positions(conn: Connection, moves: Sequence[Move]) -> bool:
     return bool(done == f"INSERT 0 {len(moves)}")
 
 
-async def record_quotes(conn: Connection, quotes: Iterable[pb.Quote]) -> int:
-    """Store quotes as degenerate bars; return how many rows that were.
+async def copy_quotes(conn: Connection, rows: bytes) -> None:
+    """Store encoded quotes, all of which must be new. Raises UniqueViolationError."""
+    await _copy(conn, "market_data", rows)
 
-    open = high = low = close = last, or the mid where the feed has no trades, or the
-    one side there is. Of quotes with the same symbol and microsecond the last counts.
-    """
-    rows = {}
-    for quote in quotes:
-        rows[quote.symbol, time_us(quote.time)] = quote
-    await conn.copy_to_table("staged_quotes", source=_encoded(rows), format="binary")
+
+async def upsert_quotes(conn: Connection, rows: bytes) -> None:
+    """Store encoded quotes; each replaces the row of its symbol and time."""
+    await _copy(conn, "staged_quotes", rows)
     await conn.execute(
-        """
-        INSERT INTO market_data (time, symbol, open, high, low, close, volume,
-                                 bid, ask, bid_size, ask_size)
-        SELECT time, symbol, price, price, price, price, nullif(volume, -1),
-               nullif(bid, 'NaN'), nullif(ask, 'NaN'),
-               nullif(bid_size, -1), nullif(ask_size, -1)
-          FROM staged_quotes
+        f"""
+        INSERT INTO market_data ({", ".join(_ENCODED)})
+        SELECT {", ".join(_ENCODED)} FROM staged_quotes
         ON CONFLICT (time, symbol) DO UPDATE
            SET open = excluded.open, high = excluded.high, low = excluded.low,
                close = excluded.close, volume = excluded.volume, vwap = NULL,
@@ -112,43 +102,88 @@ async def record_quotes(conn: Connection, quotes: Iterable[pb.Quote]) -> int:
                bid_size = excluded.bid_size, ask_size = excluded.ask_size
         """
     )
-    return len(rows)
 
 
-async def _encoded(rows: dict[tuple[str, int], pb.Quote]) -> AsyncIterator[bytes]:
-    """Yield rows in the binary format of COPY."""
-    out = [b"PGCOPY\n\xff\r\n\0" + bytes(8)]
-    layouts: dict[int, struct.Struct] = {}
-    for (symbol, stamp_us), quote in rows.items():
-        name = symbol.encode()
-        layout = layouts.get(len(name))
-        if layout is None:
-            layout = struct.Struct(f"!hiqi{len(name)}sidiqididiiii")
-            layouts[len(name)] = layout
-        has = quote.HasField
-        bid = quote.bid if has("bid") else nan
-        ask = quote.ask if has("ask") else nan
-        last = quote.last if has("last") else nan
-        # Where there is a last, a missing volume means that nothing was traded.
-        volume = quote.volume if has("volume") else -1 if last != last else 0
-        out.append(
-            layout.pack(
-                *(8, 8, stamp_us - EPOCH_2000_US, len(name), name),
-                *(8, last if last == last else _mid(bid, ask), 8, volume),
-                *(8, bid, 8, ask),
-                *(4, quote.bid_size if has("bid_size") else -1),
-                *(4, quote.ask_size if has("ask_size") else -1),
-            )
-        )
-    out.append(b"\xff\xff")
-    yield b"".join(out)
+async def _copy(conn: Connection, table: str, rows: bytes) -> None:
+    async def source() -> AsyncIterator[bytes]:
+        yield rows
+
+    await conn.copy_to_table(table, source=source(), columns=_ENCODED, format="binary")
 
 
-def _mid(bid: float, ask: float) -> float:
-    """Return the mid of two prices, or the one that is not NaN."""
-    if ask != ask:
-        return bid
-    return ask if bid != bid else bid / 2 + ask / 2  # a sum could overflow
+_ENCODED = (
+    "time", "symbol", "open", "high", "low", "close", "volume", "bid", "ask",
+    "bid_size", "ask_size",
+)  # fmt: skip
+_COPY_BEGIN = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_COPY_FINISH = b"\xff\xff"
+_NULL = (-1,)
+YIELD_ROWS = 256
+
+
+async def encode_quotes(quotes: Iterable[pb.Quote]) -> bytes:
+    """Return quotes as rows in COPY's binary format, letting others run now and then.
+
+    A quote is a degenerate bar: open = high = low = close = last, or the mid where the
+    feed has no trades, or the one side there is. Of quotes with the same symbol and
+    microsecond the last counts.
+    """
+    rows: dict[tuple[str, int], bytes] = {}
+    for number, quote in enumerate(quotes):
+        symbol, stamp = quote.symbol, time_us(quote.time)
+        rows[symbol, stamp] = _encode(quote, symbol.encode(), stamp - EPOCH_2000_US)
+        if number % YIELD_ROWS == 0:
+            await asyncio.sleep(0)
+    return b"".join([_COPY_BEGIN, *rows.values(), _COPY_FINISH])
+
+
+def _encode(quote: pb.Quote, symbol: bytes, stamp: int) -> bytes:
+    """Return a row: the number of its fields, then the length and value of each."""
+    has = quote.HasField
+    # What is not 0 is present; asking is slower.
+    bid = quote.bid or (0.0 if has("bid") else None)
+    ask = quote.ask or (0.0 if has("ask") else None)
+    last = quote.last or (0.0 if has("last") else None)
+    # Where there is a last, a missing volume means that nothing was traded.
+    known = last is not None or has("volume")
+    volume = quote.volume or (0 if known else None)
+    bid_size = quote.bid_size or (0 if has("bid_size") else None)
+    ask_size = quote.ask_size or (0 if has("ask_size") else None)
+    price = _mid(bid, ask) if last is None else last
+    size = len(symbol)
+    layout = _layout(
+        size,
+        volume is None,
+        bid is None,
+        ask is None,
+        bid_size is None,
+        ask_size is None,
+    )
+    return layout(
+        *(11, 8, stamp, size, symbol, 8, price, 8, price, 8, price, 8, price),
+        *(_NULL if volume is None else (8, volume)),
+        *(_NULL if bid is None else (8, bid)),
+        *(_NULL if ask is None else (8, ask)),
+        *(_NULL if bid_size is None else (4, bid_size)),
+        *(_NULL if ask_size is None else (4, ask_size)),
+    )
+
+
+@cache
+def _layout(symbol_size: int, *nulls: bool) -> Callable[..., bytes]:
+    """Return what packs rows with these fields null: volume, bid, ask and sizes."""
+    kinds = zip("qddii", nulls, strict=True)
+    optional = "".join("i" if null else f"i{kind}" for kind, null in kinds)
+    return struct.Struct(f"!hiqi{symbol_size}sidididid{optional}").pack
+
+
+def _mid(bid: float | None, ask: float | None) -> float:
+    """Return the mid of two prices, or the one there is."""
+    if bid is None or ask is None:
+        price = ask if bid is None else bid
+        assert price is not None
+        return price
+    return bid / 2 + ask / 2  # a sum could overflow
 
 
 # --- Quotes -------------------------------------------------------------------------
@@ -194,9 +229,8 @@ def _quote(row: Any) -> pb.Quote:
         symbol=symbol, volume=volume, bid=bid, ask=ask,
         bid_size=bid_size, ask_size=ask_size,
     )  # fmt: skip
-    sides = [side for side in (bid, ask) if side is not None]
-    derived = sides and close == _mid(sides[0], sides[-1])
-    if not (derived and not volume):  # else record_quotes had no last
+    quoted = bid is not None or ask is not None
+    if volume or not quoted or close != _mid(bid, ask):  # else there was no last
         quote.last = close
     quote.time.FromDatetime(time)
     return quote

@@ -9,7 +9,12 @@ recorder left it means that another has taken over.
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
+from math import inf
+from typing import NamedTuple
+
+from asyncpg import UniqueViolationError
 
 from quantplane import v1 as pb
 from quantplane_server import bus as buses
@@ -22,8 +27,11 @@ from quantplane_server.tasks import end
 
 logger = logging.getLogger(__name__)
 
+Store = Callable[[Connection, bytes], Awaitable[None]]
+
 UNAVAILABLE = buses.UNAVAILABLE + databases.UNAVAILABLE
-COMMIT_BYTES = 1 << 20  # collected at most before they are committed
+COMMIT_BYTES = 1 << 19  # collected at most before they are committed
+UPSERTS = 64  # commits that don't try COPY, after one that met existing rows
 RETRY_S = 0.5
 TAKE_OVER_S = 2.0  # between attempts to get shards that others record
 MARKS = 64  # trims per replay window
@@ -52,6 +60,13 @@ class _Shard:
         return passed
 
 
+class _Batch(NamedTuple):
+    """What one commit stores."""
+
+    rows: bytes  # encoded
+    reach: list[tuple[_Shard, Entry, Entry]]  # its first and last entry by shard
+
+
 class Recorder:
     """Records the shards that no other server records."""
 
@@ -61,6 +76,7 @@ class Recorder:
         self._window_bytes = window_bytes  # per shard, kept on the bus for replay
         self._shards: dict[int, _Shard] = {}
         self._collected_bytes = 0
+        self._upserts = 0
         self._filled = asyncio.Event()
         self._room = asyncio.Event()
 
@@ -82,25 +98,41 @@ class Recorder:
         """Record with one connection, whose advisory locks are the claim."""
         self._shards = {}
         await queries.prepare_recorder(conn)
-        follow: asyncio.Task[None] | None = None
-        try:
-            while True:
-                if await self._claim(conn):
-                    if follow:
-                        await end(follow)
-                    self._drop_collected()
-                    follow = asyncio.create_task(self._follow())
-                    follow.add_done_callback(lambda _: self._filled.set())
-                if follow:
-                    await self._commit_until(conn, follow)
-                else:  # others record them all
-                    await asyncio.sleep(TAKE_OVER_S)
-        finally:
-            if follow:
-                await end(follow)
+        while True:
+            await self._claim(conn)
+            if not self._shards:  # others record them all
+                await asyncio.sleep(TAKE_OVER_S)
+            elif len(self._shards) < SHARDS:
+                await self._record_shards(conn, TAKE_OVER_S)
+            else:
+                await self._record_shards(conn, inf)
 
-    async def _claim(self, conn: Connection) -> bool:
-        """Take the shards that are free; tell whether there were any."""
+    async def _record_shards(self, conn: Connection, for_s: float) -> None:
+        """Commit what comes; while one commit is under way, the next is prepared."""
+        self._drop_collected()
+        follow = asyncio.create_task(self._follow())
+        follow.add_done_callback(self._wake)
+        commit: asyncio.Task[None] | None = None
+        until = asyncio.get_running_loop().time() + for_s
+        try:
+            while asyncio.get_running_loop().time() < until:
+                await self._woken(for_s)
+                if follow.done():
+                    follow.result()
+                if commit and commit.done():
+                    commit.result()
+                if batch := await self._prepare():
+                    if commit:
+                        await commit
+                    commit = asyncio.create_task(self._commit(conn, batch))
+                    commit.add_done_callback(self._wake)
+            if commit:
+                await commit
+        finally:
+            await end(follow, *([commit] if commit else []))
+
+    async def _claim(self, conn: Connection) -> None:
+        """Take the shards that are free."""
         free = [
             shard
             for shard in range(SHARDS)
@@ -121,7 +153,6 @@ class Recorder:
                 position = heads[shard]
             self._shards[shard] = _Shard(shard, position)
             await self._announce(shard, position)
-        return bool(free)
 
     async def _announce(self, shard: int, position: Position) -> None:
         """Tell the position again, in case the last recorder died before it could."""
@@ -147,39 +178,54 @@ class Recorder:
                 )
                 self._filled.set()
 
-    async def _commit_until(self, conn: Connection, follow: asyncio.Task[None]) -> None:
-        """Commit what is collected, until it is time to look for free shards."""
-        timeout_s = TAKE_OVER_S if len(self._shards) < SHARDS else None
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._filled.wait()
-        self._filled.clear()
-        if follow.done():
-            follow.result()
-        await self._commit(conn)
-
-    async def _commit(self, conn: Connection) -> None:
+    async def _prepare(self) -> _Batch | None:
+        """Take what is collected and encode it for the database."""
         work = [(s, s.collected) for s in self._shards.values() if s.collected]
         if not work:
-            return
+            return None
         self._drop_collected()
         payload = b"".join(
             part for _, es in work for entry in es for part in entry.parts.values()
         )
         quotes = pb.StreamQuotesResponse.FromString(payload).quotes
-        for shard, entries in work:
-            _warn_of_holes(shard, entries[0].position)
-        async with conn.transaction():
-            await queries.record_quotes(conn, quotes)
-            moves = [Move(s.number, s.position, es[-1].position) for s, es in work]
-            if not await queries.move_bus_positions(conn, moves):
-                raise _TakenOver
+        rows = await queries.encode_quotes(quotes)
+        return _Batch(rows, [(shard, es[0], es[-1]) for shard, es in work])
+
+    async def _commit(self, conn: Connection, batch: _Batch) -> None:
+        for shard, first, _ in batch.reach:
+            _warn_of_holes(shard, first.position)
+        try:
+            store = queries.upsert_quotes if self._upserts else queries.copy_quotes
+            await self._store(conn, batch, store)
+        except UniqueViolationError:
+            self._upserts = UPSERTS
+            await self._store(conn, batch, queries.upsert_quotes)
+        self._upserts = max(0, self._upserts - 1)
         marks = []
-        for shard, entries in work:
-            shard.position, appended = entries[-1].position, entries[-1].appended
+        for shard, _, last in batch.reach:
+            shard.position, appended = last.position, last.appended
             trim = shard.trim_before(appended, self._window_bytes)
             marks.append(Mark(shard.number, shard.position, appended, trim))
         await self._bus.mark_recorded(marks)
+
+    async def _store(self, conn: Connection, batch: _Batch, store: Store) -> None:
+        moves = [
+            Move(s.number, s.position, last.position) for s, _, last in batch.reach
+        ]
+        async with conn.transaction():
+            await store(conn, batch.rows)
+            if not await queries.move_bus_positions(conn, moves):
+                raise _TakenOver
+
+    async def _woken(self, at_most_s: float) -> None:
+        timeout_s = None if at_most_s == inf else at_most_s
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._filled.wait()
+        self._filled.clear()
+
+    def _wake(self, _: asyncio.Task[None]) -> None:
+        self._filled.set()
 
     def _drop_collected(self) -> None:
         for shard in self._shards.values():
