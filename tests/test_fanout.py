@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 
 from quantplane import v1 as pb
 from quantplane_server.bus import Entry, Position
-from quantplane_server.fanout import Latest, Lossless, framed, split, varint
+from quantplane_server.fanout import Latest, Lossless, Piece, framed, split, varint
 from quantplane_server.tokens import Tokens
 
 KEYS = [b"A", b"B", b"C"]
@@ -46,8 +46,7 @@ def test_latest_delivers_or_counts_every_record_and_always_the_last_of_each_key(
     for number, parts in enumerate(pushed):
         wanted = {key: found for key, found in parts.items() if key in keys}
         if wanted:
-            part = b"".join(record for found in wanted.values() for record in found)
-            queue.push(0, entry(number, parts), part, keys)
+            queue.push(0, Piece.cut(entry(number, parts), keys))
             published += [record for found in wanted.values() for record in found]
         if take[number] and queue:
             taken = queue.take()
@@ -70,7 +69,7 @@ def test_lossless_delivers_all_in_order_or_overflows_and_holds_nothing(
     queue = Lossless()
     parts = [framed(bytes(size)) for size in sizes]
     for number, part in enumerate(parts):
-        queue.push(0, entry(number, {b"A": [part]}), part, frozenset(KEYS))
+        queue.push(0, Piece.cut(entry(number, {b"A": [part]}), frozenset(KEYS)))
     if queue.overflowed:
         assert sum(map(len, parts)) > 4 << 20
         assert not queue

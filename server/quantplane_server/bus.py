@@ -29,6 +29,7 @@ FEED_TTL_S = 30 * 24 * 3600  # a feed unheard of for so long starts its numbers 
 PAGE_ENTRIES = 64  # read per round trip by a reader that catches up
 BLOCK_S = 5.0
 TIMEOUT_S = 5.0
+CONNECTIONS = 32  # per client
 NEWS_S = 1.0
 RECORDED = "quantplane:recorded"
 
@@ -285,12 +286,16 @@ class Bus:
 
 def _client(url: str, timeout_s: float) -> redis.Redis:
     # RESP2 parses faster; whoever calls knows better when to try again.
-    return redis.Redis.from_url(
+    # Who finds all connections in use waits for one.
+    pool = redis.BlockingConnectionPool.from_url(
         url,
+        max_connections=CONNECTIONS,
+        timeout=timeout_s,
         protocol=2,
         retry=Retry(NoBackoff(), 0),
         socket_timeout=timeout_s,
     )
+    return redis.Redis.from_pool(pool)
 
 
 def _key(shard: int, name: str) -> str:

@@ -28,6 +28,22 @@ TAKE_BYTES = 256 << 10  # a response of about this size
 RETRY_S = 0.2
 
 
+class Piece(NamedTuple):
+    """What a set of keys gets of an entry, and nothing else of it."""
+
+    position: Position
+    parts: dict[bytes, bytes]  # key -> its records, joined
+    joined: bytes  # all of them
+
+    @classmethod
+    def cut(cls, entry: Entry, keys: frozenset[bytes]) -> "Piece":
+        parts = entry.parts
+        found = keys.intersection(parts)
+        if len(found) < len(parts):
+            parts = {key: parts[key] for key in found}
+        return cls(entry.position, parts, b"".join(parts.values()))
+
+
 class Taken(NamedTuple):
     """What a queue hands to its reader."""
 
@@ -47,17 +63,15 @@ class Lossless:
     def __bool__(self) -> bool:
         return bool(self._pending)
 
-    def push(
-        self, shard: int, entry: Entry, part: bytes, keys: frozenset[bytes]
-    ) -> None:
+    def push(self, shard: int, piece: Piece) -> None:
         if self.overflowed:
             return
-        self.bytes += len(part)
+        self.bytes += len(piece.joined)
         if self.bytes > LOSSLESS_PENDING_BYTES:
             self.clear()
             self.overflowed = True
         else:
-            self._pending.append((shard, entry.position, part))
+            self._pending.append((shard, piece.position, piece.joined))
 
     def take(self) -> Taken:
         parts: list[bytes] = []
@@ -89,32 +103,30 @@ class Latest:
     def __bool__(self) -> bool:
         return bool(self._pending or self._latest)
 
-    def push(
-        self, shard: int, entry: Entry, part: bytes, keys: frozenset[bytes]
-    ) -> None:
-        self._positions[shard] = entry.position
-        self._pending.append((entry, part, keys))
-        self.bytes += len(part)
+    def push(self, shard: int, piece: Piece) -> None:
+        self._positions[shard] = piece.position
+        self._pending.append(piece)
+        self.bytes += len(piece.joined)
         if self._always or self._latest or self.bytes > LATEST_PENDING_BYTES:
             self._conflate()
 
     def take(self) -> Taken:
-        parts = list(self._latest.values()) or [part for _, part, _ in self._pending]
+        parts = list(self._latest.values()) or [p.joined for p in self._pending]
         taken = Taken(parts, self._positions, self._conflated)
         self.clear()
         return taken
 
     def clear(self) -> None:
-        self._pending: list[tuple[Entry, bytes, frozenset[bytes]]] = []
+        self._pending: list[Piece] = []
         self._latest: dict[bytes, bytes] = {}
         self._positions: dict[int, Position] = {}
         self.bytes = 0  # pending
         self._conflated = 0
 
     def _conflate(self) -> None:
-        for entry, _, keys in self._pending:
-            for key in keys.intersection(entry.parts):
-                records = split(entry.parts[key])
+        for piece in self._pending:
+            for key, joined in piece.parts.items():
+                records = split(joined)
                 self._conflated += len(records) - 1 + (key in self._latest)
                 self._latest[key] = records[-1]
         self._pending.clear()
@@ -135,11 +147,11 @@ class Reader:
     def shards(self) -> set[int]:
         return {shard_of(key) for key in self.keys}
 
-    def push(self, shard: int, entry: Entry, part: bytes) -> None:
-        if entry.position > self.reached[shard]:  # else it has read ahead of the tail
-            self.reached[shard] = entry.position
-            if part:
-                self.queue.push(shard, entry, part, self.keys)
+    def push(self, shard: int, piece: Piece) -> None:
+        if piece.position > self.reached[shard]:  # else it has read ahead of the tail
+            self.reached[shard] = piece.position
+            if piece.parts:
+                self.queue.push(shard, piece)
                 self.ring()
 
 
@@ -149,13 +161,6 @@ class View:
     def __init__(self, keys: frozenset[bytes]) -> None:
         self.keys = keys
         self.readers: set[Reader] = set()
-
-    def part(self, parts: dict[bytes, bytes], whole: bytes) -> bytes:
-        """Return what this view gets of an entry."""
-        keys = self.keys.intersection(parts)
-        if len(keys) == len(parts):
-            return whole
-        return b"".join([parts[key] for key in keys])
 
 
 class Fanout:
@@ -252,11 +257,10 @@ class Fanout:
             self._lose(shard, GAP_CAUSE_COMPACTED)
         self.heads[shard] = entry.position
         views = {view for key in entry.parts for view in self._by_key.get(key, ())}
-        whole = b"".join(entry.parts.values()) if views else b""
         for view in views:
-            part = view.part(entry.parts, whole)
+            piece = Piece.cut(entry, view.keys)
             for reader in view.readers:
-                reader.push(shard, entry, part)
+                reader.push(shard, piece)
 
     def _lose(self, shard: int, cause: GapCause.ValueType) -> None:
         for view in self._views.values():

@@ -5,8 +5,6 @@ import math
 from datetime import timedelta
 from pathlib import Path
 
-import pytest
-
 from quantplane import Client, frames
 from quantplane import v1 as pb
 from tests.acceptance import (
@@ -26,11 +24,7 @@ pytestmark = needs_data
 PAIR, CONTRACT = "GBPUSD", "6EH4"
 COUNT = 30_117
 
-intervals = pytest.mark.parametrize(
-    "interval",
-    [timedelta(minutes=5), timedelta(hours=1), timedelta(days=1)],
-    ids=["5min", "1h", "1d"],
-)
+INTERVALS = timedelta(minutes=5), timedelta(hours=1), timedelta(days=1)
 
 
 async def import_pair(server: Server, folder: Path) -> list[Row]:
@@ -134,11 +128,7 @@ async def test_bars_of_longer_intervals_are_those_of_plain_python(
         CONTRACT: await import_future(server),
     }
     for symbol, rows in symbols.items():
-        for length in (
-            timedelta(minutes=5),
-            timedelta(hours=1),
-            timedelta(days=1),
-        ):
+        for length in INTERVALS:
             expected = aggregated(rows, length)
             request = pb.ListBarsRequest(symbol=symbol, page_size=500)
             request.interval.FromTimedelta(length)

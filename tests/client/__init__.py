@@ -104,7 +104,7 @@ def status(
 
 async def until(reached: Callable[[], object]) -> None:
     """Let everyone else go on until `reached()`."""
-    while not reached():  # noqa: ASYNC110 (what is waited for sets no event)
+    while not reached():
         await asyncio.sleep(0)
 
 

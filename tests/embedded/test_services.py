@@ -165,7 +165,7 @@ async def test_a_half_made_folder_is_made_anew(tmp_path: Path):
 
 async def test_a_cancelled_first_start_leaves_nothing_running(tmp_path: Path):
     start = asyncio.create_task(Postgres(tmp_path).__aenter__())
-    while not (tmp_path / "postgres.new").exists():  # noqa: ASYNC110
+    while not (tmp_path / "postgres.new").exists():
         await asyncio.sleep(0.001)
     start.cancel()
     with pytest.raises(asyncio.CancelledError):

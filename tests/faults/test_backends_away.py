@@ -40,7 +40,7 @@ async def test_publishing_and_streaming_go_on_while_postgresql_is_away(desk: Des
 
 async def test_a_feed_is_held_back_while_the_bus_is_full_and_loses_nothing(desk: Desk):
     async with (
-        desk.server(cap_mb=1) as server,  # 64 KiB a shard
+        desk.server(cap_mb=1) as server,  # over all shards
         Client(server.target) as client,
         Reader(stream(client)) as reader,
         client.publish_quotes("feed") as publisher,

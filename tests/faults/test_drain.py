@@ -1,21 +1,20 @@
 """A server that is told to stop says goodbye, and nothing is lost over it."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
 
 from quantplane import Client
 from quantplane import v1 as pb
-from tests.faults import SYMBOLS, Desk, Feed, Reader, Server, stream, subscribe
+from tests.faults import SYMBOLS, Desk, Feed, Reader, stream, subscribe
+
+ALL = pb.SubscribeQuotesRequest(symbols=SYMBOLS, delivery=pb.DELIVERY_LOSSLESS)
 
 
-async def events_to_the_end(server: Server) -> list[pb.StreamEvent]:
-    """Read a stream that the server ends; return its control events."""
-    request = pb.SubscribeQuotesRequest(symbols=SYMBOLS, delivery=pb.DELIVERY_LOSSLESS)
-    events = []
-    async with Client(server.target) as client:
-        async for response in client.market_data.SubscribeQuotes(request, timeout=60):
-            if response.HasField("event"):
-                events.append(response.event)
-    return events
+async def last_event(responses: AsyncIterator[Any]) -> pb.StreamEvent:
+    """Read a stream until the server ends it; return its last control event."""
+    events = [r.event async for r in responses if r.HasField("event")]
+    return events[-1]
 
 
 async def test_a_server_told_to_stop_says_goodbye_and_loses_nothing(desk: Desk):
@@ -30,10 +29,13 @@ async def test_a_server_told_to_stop_says_goodbye_and_loses_nothing(desk: Desk):
         async with feed.running():
             for _ in range(2):
                 await desk.pause()
-                events = asyncio.create_task(events_to_the_end(server))
+                call = client.market_data.SubscribeQuotes(ALL, wait_for_ready=True)
+                responses = aiter(call)
+                await anext(responses)
+                last = asyncio.create_task(last_event(responses))
                 await desk.pause()
                 assert await server.stop() == 0
-                goodbye = (await events)[-1].goodbye
+                goodbye = (await last).goodbye
                 assert goodbye.reason == pb.GOODBYE_REASON_DRAINING
                 await server.start()
             await desk.pause()

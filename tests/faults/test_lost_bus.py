@@ -144,7 +144,7 @@ async def behind_the_window(client: Client) -> tuple[bytes, Feed]:
 
 async def test_a_token_behind_the_replay_window_is_refused_as_compacted(desk: Desk):
     async with (
-        desk.server(window_mb=1) as server,  # 64 KiB a shard
+        desk.server(window_mb=1) as server,  # over all shards
         Client(server.target) as client,
     ):
         token, _ = await behind_the_window(client)

@@ -28,6 +28,7 @@ from quantplane_server.fanout import (
     Fanout,
     Latest,
     Lossless,
+    Piece,
     Reader,
     framed,
 )
@@ -232,8 +233,8 @@ class Subscription:
         """Return the quotes up to a position that history has already passed."""
         late: list[pb.Quote] = []
         async for entry in self._entries(shard, self._place.delivered[shard], until):
-            part = self._part(entry)
-            quotes = pb.StreamQuotesResponse.FromString(part).quotes
+            piece = Piece.cut(entry, self._reader.keys)
+            quotes = pb.StreamQuotesResponse.FromString(piece.joined).quotes
             late += [quote for quote in quotes if _key(quote) <= last]
         return late
 
@@ -247,7 +248,7 @@ class Subscription:
         while behind := self._behind():
             for shard in behind:
                 for entry in await self._read(shard, reader.reached[shard]):
-                    reader.push(shard, entry, self._part(entry))
+                    reader.push(shard, Piece.cut(entry, reader.keys))
                     if self._lossless and self._queue.bytes >= TAKE_BYTES:
                         async for message in self._taken():
                             yield message
@@ -303,8 +304,9 @@ class Subscription:
             async for heartbeat in self._credit():
                 yield heartbeat
             self._place.delivered[shard] = entry.position
-            if part := self._part(entry):
-                yield self._message(part)
+            piece = Piece.cut(entry, self._reader.keys)
+            if piece.parts:
+                yield self._message(piece.joined)
 
     async def _set_symbols(self, symbols: list[str]) -> None:
         self._symbols = symbols
@@ -339,10 +341,6 @@ class Subscription:
             oldest = entries[0].position if entries else "none"
             raise Compacted(pb.GAP_CAUSE_COMPACTED, oldest=oldest)
         return entries
-
-    def _part(self, entry: Entry) -> bytes:
-        keys = self._reader.keys.intersection(entry.parts)
-        return b"".join([entry.parts[key] for key in keys])
 
     def _behind(self) -> list[int]:
         """Return the shards in which the fan-out is further than the reader."""
