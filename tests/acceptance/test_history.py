@@ -14,11 +14,13 @@ from tests.faults import (
     Reader,
     difference,
     numbers_through,
+    quote,
     stream,
     subscribe,
     until,
 )
 
+LATE = "LATE"
 RECORDED = 20_000  # quotes before anyone subscribes: some ten pages of history
 
 
@@ -103,3 +105,38 @@ async def read_some(
         reader.take(response)
         request.resume_token = response.resume_token or request.resume_token
     call.cancel()
+
+
+async def test_quotes_recorded_late_behind_a_reader_of_history_are_not_missed(
+    client: Client,
+):
+    request = pb.StreamQuotesRequest(
+        symbols=[*SYMBOLS, LATE],
+        delivery=pb.DELIVERY_LOSSLESS,
+        start_time=stamp(time_of(0)),
+        max_unacknowledged=2,  # the server is in the first page and waits
+    )
+    async with (
+        client.publish_quotes("feed") as publisher,
+        client.publish_quotes("late") as late,
+    ):
+        feed = Feed(publisher)
+        await feed.send(RECORDED)
+        await feed.all_durable()
+        call = client.market_data.StreamQuotes(timeout=PATIENCE_S)
+        await call.write(request)
+        reader = Reader(stream(client))  # keeps what is read
+        for _ in range(2):
+            response = await call.read()
+            reader.take(response)
+        assert 0 < reader.count < RECORDED
+        await late.send([quote(number, (LATE,)) for number in range(1, 101)])
+        await late.durable()
+        while reader.count < RECORDED + 100:
+            acknowledge = pb.StreamQuotesRequest(acknowledge=response.sequence)
+            await call.write(acknowledge)
+            response = await call.read()
+            reader.take(response)
+        expected = {LATE: [*range(1, 101)], **numbers_through(RECORDED)}
+        assert difference(reader.numbers, expected) == []
+        call.cancel()

@@ -250,7 +250,7 @@ class Server:
     @property
     def recorder(self) -> psutil.Process | None:
         """The child process that records, unless it is just being replaced."""
-        children = self.process.children()
+        children = [child for child in self.process.children() if _runs(child)]
         self._recorders.update(children)
         return children[0] if children else None
 

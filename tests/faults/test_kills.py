@@ -5,11 +5,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from quantplane import Client
-from tests.faults import Desk, Feed, Reader, Server, stream, subscribe
+from tests.faults import RATE, Desk, Feed, Reader, Server, stream, subscribe, until
+
+BUSY = 5 * RATE  # the recorder is in the middle of something all the time
 
 
 @asynccontextmanager
-async def ordeal(desk: Desk) -> AsyncIterator[Server]:
+async def ordeal(desk: Desk, rate: int = RATE) -> AsyncIterator[Server]:
     """Publish, read and record while the block kills; then compare everything."""
     async with (
         desk.server() as server,
@@ -19,7 +21,7 @@ async def ordeal(desk: Desk) -> AsyncIterator[Server]:
         client.publish_quotes("feed") as publisher,
     ):
         feed = Feed(publisher)
-        async with feed.running():
+        async with feed.running(rate):
             await desk.pause()
             yield server
             await desk.pause()
@@ -45,17 +47,18 @@ async def test_a_killed_valkey_loses_and_doubles_nothing(desk: Desk):
 
 
 async def test_a_killed_postgresql_loses_and_doubles_nothing(desk: Desk):
-    async with ordeal(desk):
+    async with ordeal(desk, BUSY):
         for _ in range(3):
             await desk.restart(desk.postgres)
             await desk.pause()
 
 
 async def test_a_killed_recorder_loses_and_doubles_nothing(desk: Desk):
-    async with ordeal(desk) as server:
-        for _ in range(3):
+    async with ordeal(desk, BUSY) as server:
+        for _ in range(4):
             server.kill_recorder()
-            await desk.pause(0.5, 1.5)
+            await until(lambda: server.recorder, "another recorder")
+            await desk.pause()
 
 
 async def test_any_of_them_killed_together_lose_and_double_nothing(desk: Desk):
