@@ -1,5 +1,5 @@
 # The server without its embedded services: it wants a PostgreSQL and a Redis.
-FROM python:3.12-slim AS build
+FROM python:3.12-slim-trixie AS build
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md ./
 COPY client client
@@ -8,7 +8,11 @@ COPY migrations migrations
 RUN python -m venv /opt/quantplane \
  && /opt/quantplane/bin/pip install --no-cache-dir -c constraints.txt ./client .
 
-FROM python:3.12-slim
+FROM python:3.12-slim-trixie
+# pg_dump and pg_restore, for backups of a PostgreSQL 17 or older.
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends postgresql-client \
+ && rm -rf /var/lib/apt/lists/*
 RUN useradd --system --uid 10001 --no-create-home quantplane
 COPY --from=build /opt/quantplane /opt/quantplane
 ENV PATH=/opt/quantplane/bin:$PATH PYTHONUNBUFFERED=1 QUANTPLANE_LISTEN=0.0.0.0:50051

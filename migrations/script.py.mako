@@ -10,9 +10,25 @@ branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
 
 
-def upgrade() -> None:
-    ${upgrades if upgrades else "pass"}
+def upgrade(part: str) -> None:
+    globals()[f"upgrade_{part}"]()
 
 
-def downgrade() -> None:
-    ${downgrades if downgrades else "pass"}
+def downgrade(part: str) -> None:
+    globals()[f"downgrade_{part}"]()
+
+
+def upgrade_timeseries() -> None:
+    ${context.get("timeseries_upgrades") or "pass"}
+
+
+def downgrade_timeseries() -> None:
+    ${context.get("timeseries_downgrades") or "pass"}
+
+
+def upgrade_reference() -> None:
+    ${context.get("reference_upgrades") or "pass"}
+
+
+def downgrade_reference() -> None:
+    ${context.get("reference_downgrades") or "pass"}

@@ -12,7 +12,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.descriptor_pb2 import MethodOptions
 
 from quantplane import v1 as pb
-from quantplane.v1 import market_data_pb2
+from quantplane.client import services
 
 ROOT = Path(__file__).parents[1]
 SERVER = ROOT / "server" / "quantplane_server"
@@ -20,18 +20,37 @@ CORE = {
     "bus",
     "checks",
     "config",
+    "constraints",
     "db",
     "errors",
     "fanout",
     "migrate",
+    "streams",
     "tasks",
     "tokens",
+    "watch",
 }
 COMPOSERS = {"main", "cli", "processes", "demo", "__main__"}
-SLICES = {"market_data"}
+SLICES = {"market_data", "options", "models", "admin"}
 TABLES = {
     "market_data": "market_data/queries.py",
     "bus_positions": "market_data/queries.py",
+    "pending_days": "market_data/queries.py",
+    "aggregated_days": "market_data/queries.py",
+    "daily_bars": "market_data/queries.py",
+    "options_chains": "options/queries.py",
+    "option_chain_times": "options/queries.py",
+    "heston_parameters": "models/queries.py",
+    "sabr_parameters": "models/queries.py",
+    "ou_parameters": "models/queries.py",
+    "signals": "admin/queries.py",
+    "signal_keys": "admin/queries.py",
+    "orders": "admin/queries.py",
+    "order_keys": "admin/queries.py",
+    "executions": "admin/queries.py",
+    "execution_keys": "admin/queries.py",
+    "retention_policies": "admin/queries.py",
+    "maintenance_runs": "admin/queries.py",
     "staged_quotes": "market_data/queries.py",
     "server_keys": "tokens.py",
 }
@@ -122,8 +141,7 @@ def test_only_config_reads_the_environment():
 
 
 def methods() -> list[MethodDescriptor]:
-    services = market_data_pb2.DESCRIPTOR.services_by_name.values()
-    return [method for service in services for method in service.methods]
+    return [method for service, _ in services() for method in service.methods]
 
 
 @pytest.mark.parametrize("method", methods(), ids=lambda m: m.name)

@@ -49,9 +49,9 @@ async def test_a_database_without_the_extension_is_plain_on_any_server(
 
 async def test_the_schema_has_a_revision_once_it_is_migrated(server_dsn: str):
     async with database(server_dsn, migrated=False) as dsn, opened(dsn) as db:
-        assert await db.schema_revision() is None
+        assert await db.schema_revision("timeseries") is None
         await migrate.upgrade(dsn)
-        assert await db.schema_revision() == migrate.head_revision()
+        assert await db.schema_revision("timeseries") == migrate.head_revision()
 
 
 async def test_connections_speak_utc(postgres_dsn: str):

@@ -19,31 +19,23 @@ from tests.postgres import database
 
 REPOSITORY = Path(__file__).parents[1]
 
-MARKET_DATA = [
-    ("time", "timestamp with time zone", "NO"),
-    ("symbol", "text", "NO"),
-    ("open", "double precision", "YES"),
-    ("high", "double precision", "YES"),
-    ("low", "double precision", "YES"),
-    ("close", "double precision", "NO"),
-    ("volume", "bigint", "YES"),
-    ("vwap", "double precision", "YES"),
-    ("bid", "double precision", "YES"),
-    ("ask", "double precision", "YES"),
-    ("bid_size", "integer", "YES"),
-    ("ask_size", "integer", "YES"),
-]
-MARKET_DATA_INDEXES = [
-    'INDEX idx_market_data_symbol ON market_data USING btree (symbol, "time" DESC)',
-    'UNIQUE INDEX market_data_pkey ON market_data USING btree ("time", symbol)',
-]
 WIDTHS = ["1 microsecond", "15 minutes", "90 minutes", "1 day", "7 days", "1000 days"]
 WIDTHS += ["1 month", "5 months", "1 year", "10 years"]
 
+SOME_MARKET_DATA = """
+    INSERT INTO market_data (time, symbol, close, volume)
+    SELECT '2024-01-01'::timestamptz + i * INTERVAL '7 minutes',
+           CASE i % 2 WHEN 0 THEN 'A' ELSE 'B' END, i, 1
+      FROM generate_series(1, 5000) AS i
+"""
+MORE_TABLES = """
+Table("more_series", timeseries, Column("number", Integer))
+Table("more_reference", reference, Column("number", Integer))
+"""
 BROKEN_MIGRATION = '''"""Broken"""
 from alembic import op
-revision, down_revision = "0002", "0001"
-def upgrade():
+revision, down_revision = "0003", "0002"
+def upgrade(part):
     op.execute("CREATE TABLE half_done ()")
     op.execute("UPDATE server_keys SET purpose = 'changed'")
     op.execute("SELECT 1 / 0")
@@ -69,7 +61,8 @@ async def test_the_schema_goes_up_and_down_and_up_again(server_dsn: str):
         await alembic(dsn, "check")
         tables = await names(dsn)
         await alembic(dsn, "downgrade", "base")
-        assert await names(dsn) == ["alembic_version", "alembic_version_pkc"]
+        left = {"alembic_version", "alembic_version_reference"}
+        assert set(await names(dsn)) == left | {f"{table}_pkc" for table in left}
         await alembic(dsn, "upgrade", "head")
         await alembic(dsn, "check")
         assert await names(dsn) == tables
@@ -80,6 +73,67 @@ async def test_a_second_upgrade_changes_nothing(server_dsn: str):
         before = await fetch(dsn, "SELECT * FROM server_keys")
         assert await migrate.upgrade(dsn) == migrate.head_revision()
         assert await fetch(dsn, "SELECT * FROM server_keys") == before
+
+
+@pytest.mark.parametrize("revision", ["0001"])
+async def test_an_upgrade_keeps_the_data_of_an_older_revision(
+    server_dsn: str, revision: str
+):
+    rows = "SELECT * FROM market_data ORDER BY time, symbol"
+    async with database(server_dsn, migrated=False) as dsn:
+        await alembic(dsn, "upgrade", revision)
+        async with connected(dsn) as connection:
+            await connection.execute(SOME_MARKET_DATA)
+        before = await fetch(dsn, rows), await fetch(dsn, "SELECT * FROM server_keys")
+        await alembic(dsn, "upgrade", "head")
+        await alembic(dsn, "check")
+        assert before == (
+            await fetch(dsn, rows),
+            await fetch(dsn, "SELECT * FROM server_keys"),
+        )
+        days = await fetch(dsn, "SELECT symbol, sum(volume) FROM daily_bars GROUP BY 1")
+        assert sorted(days) == [("A", 2500), ("B", 2500)]
+        await alembic(dsn, "downgrade", revision)
+        assert await fetch(dsn, rows) == before[0]
+
+
+async def test_time_series_and_reference_data_may_live_in_two_databases(
+    server_dsn: str, repository: Path
+):
+    async with (
+        database(server_dsn, migrated=False) as dsn,
+        database(server_dsn, migrated=False) as reference_dsn,
+    ):
+        both = {"QUANTPLANE_REFERENCE_DSN": reference_dsn}
+        await alembic(dsn, "upgrade", "head", **both)
+        await alembic(dsn, "check", **both)
+        timeseries, reference = await names(dsn), await names(reference_dsn)
+        assert "market_data" in timeseries and "users" not in timeseries
+        assert "users" in reference and "market_data" not in reference
+        add_tables(repository)
+        there = {**both, "cwd": repository}
+        await alembic(dsn, "revision", "--autogenerate", "-m", "more", **there)
+        await alembic(dsn, "upgrade", "head", **there)
+        await alembic(dsn, "check", **there)
+        assert "more_series" in await names(dsn)
+        assert "more_reference" in await names(reference_dsn)
+        await alembic(dsn, "downgrade", "-1", **there)
+        assert await names(dsn) == timeseries
+        assert await names(reference_dsn) == reference
+
+
+async def test_parts_in_one_database_are_migrated_each_for_itself(
+    server_dsn: str, repository: Path
+):
+    add_tables(repository)
+    async with database(server_dsn) as dsn:
+        await alembic(dsn, "revision", "--autogenerate", "-m", "more", cwd=repository)
+        made = (repository / "migrations/versions/0003_more.py").read_text()
+        assert made.count("more_series") == made.count("more_reference") == 2
+        await alembic(dsn, "upgrade", "head", cwd=repository)
+        await alembic(dsn, "check", cwd=repository)
+        await alembic(dsn, "downgrade", "-1", cwd=repository)
+        await alembic(dsn, "check")
 
 
 async def test_upgrades_that_meet_go_one_after_another(server_dsn: str):
@@ -99,50 +153,6 @@ async def test_upgrades_that_meet_go_one_after_another(server_dsn: str):
             )
         await asyncio.gather(*upgrades)
         assert len(await fetch(dsn, "SELECT * FROM server_keys")) == 1
-
-
-async def test_market_data_is_as_specified(server_dsn: str):
-    async with database(server_dsn) as dsn:
-        columns = await fetch(
-            dsn,
-            """
-            SELECT column_name, data_type, is_nullable
-              FROM information_schema.columns
-             WHERE table_name = 'market_data' AND column_default IS NULL
-             ORDER BY ordinal_position
-            """,
-        )
-        indexes = await fetch(
-            dsn,
-            "SELECT replace(substr(indexdef, 8), 'public.', '') FROM pg_indexes"
-            " WHERE tablename = 'market_data' ORDER BY indexname",
-        )
-    assert columns == MARKET_DATA
-    assert [index for (index,) in indexes] == MARKET_DATA_INDEXES
-
-
-async def test_market_data_is_a_hypertable_with_the_policies_there_are(
-    timescale_dsn: str,
-):
-    async with database(timescale_dsn) as dsn:
-        hypertables = await fetch(
-            dsn, "SELECT hypertable_name FROM timescaledb_information.hypertables"
-        )
-        policies = await fetch(
-            dsn,
-            """
-            SELECT proc_name, coalesce(config->>'compress_after', config->>'drop_after')
-              FROM timescaledb_information.jobs
-             WHERE hypertable_name = 'market_data' ORDER BY 1
-            """,
-        )
-        edition = await edition_of(dsn)
-    assert hypertables == [("market_data",)]
-    assert policies == (
-        [("policy_compression", "7 days"), ("policy_retention", "5 years")]
-        if edition is Edition.COMMUNITY
-        else []
-    )
 
 
 async def test_every_installation_has_its_own_keys(server_dsn: str):
@@ -250,14 +260,14 @@ async def test_a_new_revision_of_an_unchanged_schema_is_empty(
 ):
     async with database(server_dsn) as dsn:
         await alembic(dsn, "revision", "--autogenerate", "-m", "none", cwd=repository)
-    made = repository / "migrations/versions/0002_none.py"
+    made = repository / "migrations/versions/0003_none.py"
     assert "op." not in made.read_text()
 
 
 async def test_a_failed_migration_leaves_the_database_as_it_was(
     server_dsn: str, repository: Path
 ):
-    (repository / "migrations/versions/0002_broken.py").write_text(BROKEN_MIGRATION)
+    (repository / "migrations/versions/0003_broken.py").write_text(BROKEN_MIGRATION)
     async with database(server_dsn) as dsn:
         before = await names(dsn), await fetch(dsn, "SELECT * FROM server_keys")
         with pytest.raises(AssertionError, match="division by zero"):
@@ -271,9 +281,9 @@ async def test_a_server_refuses_a_schema_that_is_not_its_own(server_dsn: str):
     async with database(server_dsn, migrated=False) as dsn:
         opened = await Database.open(dsn)
         with pytest.raises(migrate.SchemaOutdated, match="run `quantplane-server migr"):
-            await migrate.check_current(opened)
+            await migrate.check_current(opened, "timeseries")
         await migrate.upgrade(dsn)
-        await migrate.check_current(opened)
+        await migrate.check_current(opened, "timeseries")
         await opened.close()
 
 
@@ -304,12 +314,19 @@ async def test_alembic_asks_for_the_database_it_was_not_given():
         await alembic("", "current")
 
 
-async def alembic(dsn: str, *command: str, cwd: Path = REPOSITORY) -> str:
+def add_tables(repository: Path) -> None:
+    with (repository / "migrations/tables.py").open("a") as file:
+        file.write(MORE_TABLES)
+
+
+async def alembic(
+    dsn: str, *command: str, cwd: Path = REPOSITORY, **variables: str
+) -> str:
     """Run `alembic` as a person does, and return what it said."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "alembic", *command),
         cwd=cwd,
-        env=os.environ | {"QUANTPLANE_POSTGRES_DSN": dsn},
+        env=os.environ | {"QUANTPLANE_POSTGRES_DSN": dsn} | variables,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )

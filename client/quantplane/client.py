@@ -54,6 +54,9 @@ class Client:
     """
 
     market_data: pb.MarketDataServiceStub
+    options: pb.OptionsServiceStub
+    model: pb.ModelServiceStub
+    admin: pb.AdminServiceStub
 
     def __init__(self, target: str | None = None) -> None:
         self.target = target or os.environ.get("QUANTPLANE_TARGET") or TARGET

@@ -28,6 +28,9 @@ class Client:
     """As quantplane.Client: all services of a server, each an attribute."""
 
     market_data: Service
+    options: Service
+    model: Service
+    admin: Service
 
     def __init__(self, target: str | None = None) -> None:
         self._loop = _Loop()

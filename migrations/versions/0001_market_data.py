@@ -16,7 +16,17 @@ depends_on = None
 INSUFFICIENT_PRIVILEGE = "42501"
 
 
-def upgrade() -> None:
+def upgrade(part: str) -> None:
+    if part == "timeseries":  # the reference data begin later
+        upgrade_timeseries()
+
+
+def downgrade(part: str) -> None:
+    if part == "timeseries":
+        downgrade_timeseries()
+
+
+def upgrade_timeseries() -> None:
     create_extension()
     create_market_data()
     create_server_tables()
@@ -30,7 +40,7 @@ def upgrade() -> None:
             create_policies()
 
 
-def downgrade() -> None:
+def downgrade_timeseries() -> None:
     """Drop everything but the extension, which belongs to the database."""
     op.execute("DROP TABLE market_data")  # alone: TimescaleDB refuses it in a list
     op.execute("DROP TABLE bus_positions, server_keys")

@@ -32,6 +32,8 @@ TIMEOUT_S = 5.0
 CONNECTIONS = 32  # per client
 NEWS_S = 1.0
 RECORDED = "quantplane:recorded"
+CHANGED = "quantplane:changed"
+REFRESH_S = 10.0
 
 
 class Position(NamedTuple):
@@ -265,6 +267,22 @@ class Bus:
                     words = message["data"].split()
                     pairs = zip(words[::2], words[1::2], strict=True)
                     yield {int(s): Position.parse(at) for s, at in pairs}
+
+    async def announce_changes(self, topics: Iterable[str]) -> None:
+        """Tell every process that state in the database has changed."""
+        await self._redis.publish(CHANGED, "\n".join(topics))
+
+    async def follow_changes(self) -> AsyncIterator[set[str] | None]:
+        """Yield the topics that change; None for all that may have.
+
+        That is so at first, and when no news came for a while.
+        """
+        async with self._redis.pubsub(ignore_subscribe_messages=True) as news:
+            await news.subscribe(CHANGED)
+            while True:
+                yield None
+                while message := await news.get_message(timeout=REFRESH_S):
+                    yield set(message["data"].decode().split("\n"))
 
     async def _calls(
         self, calls: Iterable[tuple[str, list[str], Iterable[Any]]]

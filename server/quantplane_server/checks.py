@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from quantplane_server.constraints import RULES
 from quantplane_server.errors import InvalidRequest, Violation
 
 EARLIEST_S = -2_208_988_800  # 1900-01-01
@@ -43,6 +44,11 @@ class Checks:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._violations and kind is None:
             raise InvalidRequest(self._violations, **self._metadata)
+
+    def constraint(self, name: str, kept: bool, at: str = "") -> None:
+        """Check what a constraint of the database says; `at` precedes its field."""
+        field, rule = RULES[name]
+        self(kept, at + field, rule)
 
     def symbols(self, symbols: Iterable[str], field: str, at_most: int) -> None:
         symbols = list(symbols)

@@ -98,7 +98,7 @@ def migrate() -> None:
     settings = _settings()
     if not settings.postgres_dsn:
         _fail("QUANTPLANE_POSTGRES_DSN must name the database to migrate")
-    _run(_migrate(settings.postgres_dsn))
+    _run(_migrate(settings.postgres_dsn, settings.reference_dsn))
 
 
 @app.command()
@@ -126,7 +126,7 @@ async def _up(
             valkey = await stack.enter_async_context(_kept(Valkey(folder)))
             settings = settings.model_copy(update={"redis_url": valkey.url})
         assert settings.postgres_dsn
-        await upgrade(settings.postgres_dsn)
+        await upgrade(settings.postgres_dsn, settings.reference_dsn)
         beside = demo.run if with_demo else None
         await _stay(_served(settings, workers), beside=beside)
 
@@ -204,8 +204,8 @@ def _settings(**given: object) -> Settings:
         _fail(f"QUANTPLANE_{str(first['loc'][0]).upper()}: {first['msg']}")
 
 
-async def _migrate(dsn: str) -> None:
-    print("schema at", await upgrade(dsn))
+async def _migrate(dsn: str, reference_dsn: str | None) -> None:
+    print("schema at", await upgrade(dsn, reference_dsn))
 
 
 def _run(main: Coroutine[Any, Any, T]) -> T:

@@ -15,6 +15,8 @@ class Settings(BaseSettings):
     """Host and port; port 0 takes a free one."""
     postgres_dsn: str | None = None
     """A real server's. None: `up` brings its own."""
+    reference_dsn: str | None = None
+    """Of users, strategies and the like. None: they live with the time series."""
     redis_url: str | None = None
     """A real server's (Valkey 8, Redis 7 or newer). None: `up` brings its own."""
     data_dir: Path = Path(".quantplane")
@@ -26,7 +28,9 @@ class Settings(BaseSettings):
     cap_mb: PositiveInt = 2048
     """Quotes on the bus that are not recorded yet; beyond, feeds are held back."""
     max_streams: PositiveInt = 10_000
-    """Streams of quotes per process."""
+    """Streams per process."""
+    maintenance_s: PositiveFloat = 60.0
+    """Between two runs of the maintenance."""
     grace_s: PositiveFloat = 10.0
     """How long a stopping server waits for its calls to finish."""
 

@@ -33,6 +33,12 @@ EDITION = """
     END
 """
 
+# Where each part of the schema keeps its revision; they may live in two databases.
+VERSION_TABLES = {
+    "timeseries": "alembic_version",
+    "reference": "alembic_version_reference",
+}
+
 
 class Edition(StrEnum):
     """What the database can do, from the least to the most."""
@@ -116,12 +122,13 @@ class Database:
         async with self.connection() as connection:
             await connection.execute("SELECT 1")
 
-    async def schema_revision(self) -> str | None:
-        """The revision that migrations have brought the schema to, if any."""
+    async def schema_revision(self, part: str) -> str | None:
+        """The revision that migrations have brought a part of the schema to, if any."""
+        table = VERSION_TABLES[part]
         async with self.connection() as connection:
-            if await connection.fetchval("SELECT to_regclass('alembic_version')"):
+            if await connection.fetchval("SELECT to_regclass($1)", table):
                 revision: str | None = await connection.fetchval(
-                    "SELECT version_num FROM alembic_version"
+                    f"SELECT version_num FROM {table}"
                 )
                 return revision
             return None

@@ -9,6 +9,7 @@ QuantplaneError
 ├── UnknownSymbol        NOT_FOUND           UNKNOWN_SYMBOL
 ├── FeedReplaced         ABORTED             FEED_REPLACED
 ├── TooManyStreams       RESOURCE_EXHAUSTED  TOO_MANY_STREAMS
+├── ResultTooLarge       RESOURCE_EXHAUSTED  RESULT_TOO_LARGE
 ├── Draining             UNAVAILABLE         DRAINING
 ├── BackendUnavailable   UNAVAILABLE         BACKEND_UNAVAILABLE
 └── InternalError        INTERNAL            INTERNAL
@@ -122,12 +123,8 @@ class UnknownSymbol(QuantplaneError):
     code = StatusCode.NOT_FOUND
     reason = pb.ERROR_REASON_UNKNOWN_SYMBOL
 
-    def __init__(self, symbol: str) -> None:
-        super().__init__(
-            f"nothing was ever recorded under the symbol {symbol!r}; "
-            "ListSymbols lists those that have data",
-            symbol=symbol,
-        )
+    def __init__(self, symbol: str, hint: str) -> None:
+        super().__init__(f"nothing is recorded under {symbol!r}; {hint}", symbol=symbol)
 
 
 class FeedReplaced(QuantplaneError):
@@ -150,6 +147,17 @@ class TooManyStreams(QuantplaneError):
         super().__init__(
             f"this server already holds {limit} streams, its limit; "
             "close some, or use another server",
+            limit=limit,
+        )
+
+
+class ResultTooLarge(QuantplaneError):
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = pb.ERROR_REASON_RESULT_TOO_LARGE
+
+    def __init__(self, limit: int, what: str) -> None:
+        super().__init__(
+            f"the answer has more than {limit:,} {what}; narrow the request",
             limit=limit,
         )
 

@@ -10,25 +10,40 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from quantplane.v1 import market_data_pb2, market_data_pb2_grpc
+from quantplane import v1 as rpc
 from quantplane_server import bus as buses
 from quantplane_server import db as databases
+from quantplane_server.admin.maintenance import Maintenance
+from quantplane_server.admin.service import AdminService
 from quantplane_server.bus import SHARDS, Bus
 from quantplane_server.config import Settings
+from quantplane_server.constraints import refusal
 from quantplane_server.db import Database
+from quantplane_server.errors import BackendUnavailable, QuantplaneError
 from quantplane_server.fanout import Fanout
 from quantplane_server.market_data.recorder import Recorder
 from quantplane_server.market_data.service import MarketDataService
 from quantplane_server.migrate import check_current
+from quantplane_server.models.service import ModelService
+from quantplane_server.options.service import OptionsService
 from quantplane_server.rpc.errors import errors_to_status
 from quantplane_server.rpc.health import Check, Health
 from quantplane_server.rpc.interceptor import Interceptor
+from quantplane_server.streams import Streams
 from quantplane_server.tasks import end
 from quantplane_server.tokens import Tokens
+from quantplane_server.watch import Watches
 
 logger = logging.getLogger(__name__)
 
-MARKET_DATA = market_data_pb2.DESCRIPTOR.services_by_name["MarketDataService"].full_name
+# What each service can't do without. Publishing and streaming quotes go on without
+# the database, since the bus buffers; without the bus, changes are only told late.
+NEEDS = {
+    "quantplane.v1.MarketDataService": ["bus"],
+    "quantplane.v1.OptionsService": ["db"],
+    "quantplane.v1.ModelService": ["db"],
+    "quantplane.v1.AdminService": ["db"],
+}
 STOP_S = 2.0  # beyond the grace, for what does not end by itself
 
 OPTIONS = [
@@ -48,31 +63,36 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
     With `share_port`, other processes may serve on the same port.
     """
     async with AsyncExitStack() as stack:
-        db, bus = await _backends(settings, stack)
+        db, reference, bus = await _backends(settings, stack)
         async with db.connection() as conn:
             tokens = await Tokens.load(conn)
         fanout = Fanout(bus)
         stack.callback(fanout.close)
-        service = MarketDataService(bus, fanout, db, tokens, settings.max_streams)
+        watches = Watches(bus)
+        streams = Streams(settings.max_streams)
+        market_data = MarketDataService(bus, fanout, db, tokens, streams)
+        options = OptionsService(db, watches, tokens, streams)
+        models = ModelService(db, watches, tokens, streams)
+        admin = AdminService(db, reference, bus)
 
-        options = [*OPTIONS, ("grpc.so_reuseport", int(share_port))]
-        unavailable = (*databases.UNAVAILABLE, *buses.UNAVAILABLE)
         server = grpc.aio.server(
-            interceptors=[Interceptor(errors_to_status(unavailable))], options=options
+            interceptors=[Interceptor(errors_to_status(_translate))],
+            options=[*OPTIONS, ("grpc.so_reuseport", int(share_port))],
         )
         health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
-        market_data_pb2_grpc.add_MarketDataServiceServicer_to_server(service, server)
-        names = (MARKET_DATA, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        rpc.add_MarketDataServiceServicer_to_server(market_data, server)
+        rpc.add_OptionsServiceServicer_to_server(options, server)
+        rpc.add_ModelServiceServicer_to_server(models, server)
+        rpc.add_AdminServiceServicer_to_server(admin, server)
+        names = (*NEEDS, "grpc.health.v1.Health", reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
 
-        # Publishing and streaming go on without the database: the bus buffers.
-        needs: dict[str, list[Check]] = {
-            MARKET_DATA: [bus.ping],
-            "": [bus.ping, db.ping],
-        }
+        pings: dict[str, Check] = {"bus": bus.ping, "db": db.ping}
+        checks = {name: [pings[need] for need in NEEDS[name]] for name in NEEDS}
+        checks[""] = list(pings.values())
         await stack.enter_async_context(
-            _background(service.run(), health.follow(needs))
+            _background(market_data.run(), watches.run(), health.follow(checks))
         )
         address = _bind(server, settings.listen)
         await server.start()
@@ -80,7 +100,7 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
             yield address
         finally:
             await health.enter_graceful_shutdown()
-            service.drain()
+            streams.drain()
             async with asyncio.timeout(settings.grace_s + STOP_S):
                 await server.stop(settings.grace_s)
 
@@ -89,21 +109,29 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
 async def recording(settings: Settings) -> AsyncIterator[None]:
     """Record while the block runs."""
     async with AsyncExitStack() as stack:
-        db, bus = await _backends(settings, stack)
+        db, _, bus = await _backends(settings, stack)
         recorder = Recorder(bus, db, (settings.window_mb << 20) // SHARDS)
-        await stack.enter_async_context(_background(recorder.run()))
+        maintenance = Maintenance(db, settings.maintenance_s)
+        await stack.enter_async_context(_background(recorder.run(), maintenance.run()))
         yield
 
 
-async def _backends(settings: Settings, stack: AsyncExitStack) -> tuple[Database, Bus]:
+async def _backends(
+    settings: Settings, stack: AsyncExitStack
+) -> tuple[Database, Database, Bus]:
+    """Return the time series, the reference data (maybe the same), and the bus."""
     postgres_dsn, redis_url = settings.backends()
-    db = await Database.open(postgres_dsn, settings.pool_size)
+    db = reference = await Database.open(postgres_dsn, settings.pool_size)
     stack.push_async_callback(db.close)
-    await check_current(db)
+    if settings.reference_dsn:
+        reference = await Database.open(settings.reference_dsn, settings.pool_size)
+        stack.push_async_callback(reference.close)
+    await check_current(db, "timeseries")
+    await check_current(reference, "reference")
     bus = Bus(redis_url, (settings.cap_mb << 20) // SHARDS)
     stack.push_async_callback(bus.close)
     await bus.open()
-    return db, bus
+    return db, reference, bus
 
 
 @asynccontextmanager
@@ -114,6 +142,13 @@ async def _background(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[N
         yield
     finally:
         await end(*tasks)
+
+
+def _translate(error: Exception) -> QuantplaneError | None:
+    """Return what an exception of a backend means to a caller, if anything."""
+    if isinstance(error, (*databases.UNAVAILABLE, *buses.UNAVAILABLE)):
+        return BackendUnavailable()
+    return refusal(error)
 
 
 def _bind(server: grpc.aio.Server, listen: str) -> str:

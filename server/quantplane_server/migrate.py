@@ -17,20 +17,22 @@ LOCK = 0x7175616E74706C61
 class SchemaOutdated(Exception):
     """The database's schema is not the one this server was written for."""
 
-    def __init__(self, found: str | None, needed: str) -> None:
+    def __init__(self, part: str, found: str | None, needed: str) -> None:
         super().__init__(
-            f"the database schema is at {found or 'nothing'}, this server needs "
+            f"the {part} schema is at {found or 'nothing'}, this server needs "
             f"{needed}: run `quantplane-server migrate`"
         )
 
 
-async def upgrade(dsn: str) -> str:
+async def upgrade(dsn: str, reference_dsn: str | None = None) -> str:
     """Apply what is missing and return the revision reached.
 
-    Servers that start together may all call this: one works, the others wait.
+    Without a DSN of their own, the reference data live with the time series. Servers
+    that start together may all call this: one works, the others wait.
     """
+    dsns = {"timeseries": dsn, "reference": reference_dsn or dsn}
     # Alembic's environment runs an event loop of its own, so it gets a thread.
-    await asyncio.to_thread(_upgrade, _config(dsn))
+    await asyncio.to_thread(_upgrade, _config(dsns))
     return head_revision()
 
 
@@ -41,11 +43,11 @@ def head_revision() -> str:
     return head
 
 
-async def check_current(database: Database) -> None:
-    """Raise SchemaOutdated unless the schema is the one this server needs."""
-    found, needed = await database.schema_revision(), head_revision()
+async def check_current(database: Database, part: str) -> None:
+    """Raise SchemaOutdated unless this part is as this server needs it."""
+    found, needed = await database.schema_revision(part), head_revision()
     if found != needed:
-        raise SchemaOutdated(found, needed)
+        raise SchemaOutdated(part, found, needed)
 
 
 # Alembic keeps the running command in module globals: one at a time per process.
@@ -57,9 +59,9 @@ def _upgrade(config: Config) -> None:
         command.upgrade(config, "head")
 
 
-def _config(dsn: str | None = None) -> Config:
+def _config(dsns: dict[str, str] | None = None) -> Config:
     # Without an ini file env.py leaves the process's logging alone.
-    config = Config(attributes={"dsn": dsn})
+    config = Config(attributes={"dsns": dsns})
     config.set_main_option("path_separator", "os")
     config.set_main_option("script_location", str(_scripts()).replace("%", "%%"))
     return config

@@ -6,8 +6,11 @@ so a token that was altered, or made for something else, does not open.
 """
 
 import hmac
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from typing import Any
 
 from quantplane_server.db import Connection
+from quantplane_server.errors import InvalidPageToken
 
 VERSION = b"\x01"
 MAC_BYTES = 12
@@ -38,6 +41,29 @@ class Tokens:
             return None
         return payload
 
+    def page_token(self, purpose: bytes, payload: bytes) -> str:
+        return urlsafe_b64encode(self.seal(purpose, payload)).decode()
+
+    def open_page(self, purpose: bytes, token: str) -> bytes:
+        """Return the payload of a page token. Raises InvalidPageToken."""
+        try:
+            payload = self.open(purpose, urlsafe_b64decode(token))
+        except ValueError:  # not even base64
+            payload = None
+        if payload is None:
+            raise InvalidPageToken
+        return payload
+
     def _mac(self, purpose: bytes, payload: bytes) -> bytes:
         head = len(purpose).to_bytes(4, "big")
         return hmac.digest(self._key, head + purpose + payload, "sha256")[:MAC_BYTES]
+
+
+def purpose(request: Any, *free: str) -> bytes:
+    """Return what a token depends on: the request without some fields."""
+    terms = type(request)()
+    terms.CopyFrom(request)
+    for field in free:
+        terms.ClearField(field)
+    name: str = request.DESCRIPTOR.name
+    return name.encode() + bytes(terms.SerializeToString(deterministic=True))

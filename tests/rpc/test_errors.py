@@ -10,12 +10,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from quantplane import Client, reason_of
 from quantplane import v1 as pb
 from quantplane_server.embedded import Postgres, Valkey
-from quantplane_server.main import MARKET_DATA, serving
+from quantplane_server.main import serving
 from quantplane_server.rpc.health import check
 from tests.conftest import Server
 from tests.market_data import Sender, quote
 from tests.postgres import database
 
+MARKET_DATA = "quantplane.v1.MarketDataService"
 Status = health_pb2.HealthCheckResponse.ServingStatus
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aquantplane/v1/errors.proto\x12\rquantplane.v1*\x92\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_REASON_INVALID_FIELD\x10\x01\x12%\n!ERROR_REASON_INVALID_RESUME_TOKEN\x10\x02\x12#\n\x1f\x45RROR_REASON_INVALID_PAGE_TOKEN\x10\x03\x12\x1a\n\x16\x45RROR_REASON_COMPACTED\x10\x04\x12\x1f\n\x1b\x45RROR_REASON_UNKNOWN_SYMBOL\x10\x05\x12\x1e\n\x1a\x45RROR_REASON_FEED_REPLACED\x10\x06\x12\x1d\n\x19\x45RROR_REASON_OUT_OF_ORDER\x10\x07\x12$\n ERROR_REASON_BACKEND_UNAVAILABLE\x10\x08\x12\x19\n\x15\x45RROR_REASON_DRAINING\x10\t\x12!\n\x1d\x45RROR_REASON_TOO_MANY_STREAMS\x10\n\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x0b\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aquantplane/v1/errors.proto\x12\rquantplane.v1*\xb5\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_REASON_INVALID_FIELD\x10\x01\x12%\n!ERROR_REASON_INVALID_RESUME_TOKEN\x10\x02\x12#\n\x1f\x45RROR_REASON_INVALID_PAGE_TOKEN\x10\x03\x12\x1a\n\x16\x45RROR_REASON_COMPACTED\x10\x04\x12\x1f\n\x1b\x45RROR_REASON_UNKNOWN_SYMBOL\x10\x05\x12\x1e\n\x1a\x45RROR_REASON_FEED_REPLACED\x10\x06\x12\x1d\n\x19\x45RROR_REASON_OUT_OF_ORDER\x10\x07\x12$\n ERROR_REASON_BACKEND_UNAVAILABLE\x10\x08\x12\x19\n\x15\x45RROR_REASON_DRAINING\x10\t\x12!\n\x1d\x45RROR_REASON_TOO_MANY_STREAMS\x10\n\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x0b\x12!\n\x1d\x45RROR_REASON_RESULT_TOO_LARGE\x10\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'quantplane.v1.errors_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=46
-  _globals['_ERRORREASON']._serialized_end=448
+  _globals['_ERRORREASON']._serialized_end=483
 # @@protoc_insertion_point(module_scope)

@@ -42,8 +42,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     the token: the snapshot is current, and start_time reads the past.
     """
     ERROR_REASON_UNKNOWN_SYMBOL: _ErrorReason.ValueType  # 5
-    """NOT_FOUND. Nothing was ever recorded under this symbol (metadata.symbol).
-    Check its spelling with ListSymbols.
+    """NOT_FOUND. Nothing is recorded under this symbol (metadata.symbol), or
+    nothing at or before the time that was asked for. Check its spelling, with
+    ListSymbols for market data.
     """
     ERROR_REASON_FEED_REPLACED: _ErrorReason.ValueType  # 6
     """ABORTED. A newer connection publishes under the same feed name. Give every
@@ -67,6 +68,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 11
     """INTERNAL. A defect of the server; its log has the details."""
+    ERROR_REASON_RESULT_TOO_LARGE: _ErrorReason.ValueType  # 12
+    """RESOURCE_EXHAUSTED. The answer would exceed what one message may hold
+    (metadata.limit). Narrow the request with its filter.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused: the `reason` of the google.rpc.ErrorInfo that comes
@@ -94,8 +99,9 @@ metadata.oldest says how far back each shard goes. Subscribe without
 the token: the snapshot is current, and start_time reads the past.
 """
 ERROR_REASON_UNKNOWN_SYMBOL: ErrorReason.ValueType  # 5
-"""NOT_FOUND. Nothing was ever recorded under this symbol (metadata.symbol).
-Check its spelling with ListSymbols.
+"""NOT_FOUND. Nothing is recorded under this symbol (metadata.symbol), or
+nothing at or before the time that was asked for. Check its spelling, with
+ListSymbols for market data.
 """
 ERROR_REASON_FEED_REPLACED: ErrorReason.ValueType  # 6
 """ABORTED. A newer connection publishes under the same feed name. Give every
@@ -119,4 +125,8 @@ for (metadata.limit). Close some, or add a server.
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 11
 """INTERNAL. A defect of the server; its log has the details."""
+ERROR_REASON_RESULT_TOO_LARGE: ErrorReason.ValueType  # 12
+"""RESOURCE_EXHAUSTED. The answer would exceed what one message may hold
+(metadata.limit). Narrow the request with its filter.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -82,6 +82,32 @@ window.
 """
 Global___Delivery: _TypeAlias = Delivery  # noqa: Y015
 
+class _BarSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BarSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BarSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BAR_SOURCE_UNSPECIFIED: _BarSource.ValueType  # 0
+    BAR_SOURCE_ROWS: _BarSource.ValueType  # 1
+    """The rows as stored."""
+    BAR_SOURCE_DAILY: _BarSource.ValueType  # 2
+    """The daily aggregate, and the rows of days that it does not hold or that are
+    not wanted whole: bars of whole days.
+    """
+
+class BarSource(_BarSource, metaclass=_BarSourceEnumTypeWrapper):
+    """What bars are computed from. The result is the same; the time it takes is not."""
+
+BAR_SOURCE_UNSPECIFIED: BarSource.ValueType  # 0
+BAR_SOURCE_ROWS: BarSource.ValueType  # 1
+"""The rows as stored."""
+BAR_SOURCE_DAILY: BarSource.ValueType  # 2
+"""The daily aggregate, and the rows of days that it does not hold or that are
+not wanted whole: bars of whole days.
+"""
+Global___BarSource: _TypeAlias = BarSource  # noqa: Y015
+
 @_typing.final
 class Quote(_message.Message):
     """A top-of-book (L1) quote. At least one of bid, ask and last is present."""
@@ -448,18 +474,24 @@ class GetLatestQuotesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SYMBOLS_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def symbols(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """1 to 10,000 symbols."""
+
+    @_builtins.property
+    def as_of(self) -> _timestamp_pb2.Timestamp:
+        """The latest at or before this time. Omitted: the latest."""
 
     def __init__(
         self,
         *,
         symbols: _abc.Iterable[_builtins.str] | None = ...,
+        as_of: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["symbols", b"symbols"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "symbols", b"symbols"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -477,7 +509,9 @@ class GetLatestQuotesResponse(_message.Message):
 
     @_builtins.property
     def unknown_symbols(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Symbols of the request that nothing was ever published or recorded under."""
+        """Symbols of the request that nothing was published or recorded under, or
+        nothing at or before as_of.
+        """
 
     def __init__(
         self,
@@ -699,8 +733,11 @@ class ListBarsResponse(_message.Message):
 
     BARS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Empty on the last page. Pages do not shift when rows are inserted."""
+    source: Global___BarSource.ValueType
+    """What the bars were computed from."""
     @_builtins.property
     def bars(self) -> _containers.RepeatedCompositeFieldContainer[Global___Bar]: ...
     def __init__(
@@ -708,10 +745,11 @@ class ListBarsResponse(_message.Message):
         *,
         bars: _abc.Iterable[Global___Bar] | None = ...,
         next_page_token: _builtins.str = ...,
+        source: Global___BarSource.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bars", b"bars", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bars", b"bars", "next_page_token", b"next_page_token", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -768,8 +806,11 @@ class StreamBarsResponse(_message.Message):
     COLUMNS_FIELD_NUMBER: _builtins.int
     EVENT_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.bytes
     """Everything through this message has been delivered: go on from here."""
+    source: Global___BarSource.ValueType
+    """Of data: what the bars were computed from."""
     @_builtins.property
     def columns(self) -> Global___BarColumns:
         """Data: the next bars of one symbol."""
@@ -784,10 +825,11 @@ class StreamBarsResponse(_message.Message):
         columns: Global___BarColumns | None = ...,
         event: _stream_pb2.StreamEvent | None = ...,
         resume_token: _builtins.bytes = ...,
+        source: Global___BarSource.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "event", b"event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "event", b"event", "resume_token", b"resume_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "event", b"event", "resume_token", b"resume_token", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

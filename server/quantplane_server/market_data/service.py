@@ -2,9 +2,7 @@
 
 import asyncio
 import struct
-from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,12 +12,9 @@ from quantplane_server.bus import Bus
 from quantplane_server.checks import to_datetime
 from quantplane_server.db import Connection, Database
 from quantplane_server.errors import (
-    Draining,
-    InvalidPageToken,
     InvalidResumeToken,
     OutOfOrder,
     QuantplaneError,
-    TooManyStreams,
     UnknownSymbol,
 )
 from quantplane_server.fanout import Fanout, framed
@@ -30,8 +25,9 @@ from quantplane_server.market_data.feed import Feed
 from quantplane_server.market_data.history import FIRST, bar_range, read_page
 from quantplane_server.market_data.subscription import Request, Subscription
 from quantplane_server.rpc.interceptor import Context
+from quantplane_server.streams import Streams
 from quantplane_server.tasks import end
-from quantplane_server.tokens import Tokens
+from quantplane_server.tokens import Tokens, purpose
 
 PAGE = 1_000  # where a request names no page_size
 CHUNK_ROWS = 16_384  # of StreamBars
@@ -46,26 +42,18 @@ class MarketDataService(rpc.MarketDataServiceServicer):
     """Quotes by way of the bus, bars straight into the database and out of it."""
 
     def __init__(
-        self, bus: Bus, fanout: Fanout, db: Database, tokens: Tokens, max_streams: int
+        self, bus: Bus, fanout: Fanout, db: Database, tokens: Tokens, streams: Streams
     ) -> None:
         self._bus = bus
         self._fanout = fanout
         self._db = db
         self._tokens = tokens
-        self._max_streams = max_streams
+        self._streams = streams
         self._durability = Durability(bus)
-        self._streams: set[Feed | Subscription] = set()
-        self._draining = False
 
     async def run(self) -> None:
         """Do what the service does beside its calls, until cancelled."""
         await self._durability.run()
-
-    def drain(self) -> None:
-        """Take no new stream, and end those there are with a Goodbye."""
-        self._draining = True
-        for stream in self._streams:
-            stream.drain()
 
     # --- Quotes ---
 
@@ -73,7 +61,7 @@ class MarketDataService(rpc.MarketDataServiceServicer):
         self, requests: AsyncIterator[pb.PublishQuotesRequest], context: Context
     ) -> AsyncIterator[pb.PublishQuotesResponse]:
         feed = Feed(self._bus, self._durability)
-        with self._held(feed):
+        with self._streams.held(feed):
             async for progress in feed.run(requests):
                 yield progress
 
@@ -82,7 +70,7 @@ class MarketDataService(rpc.MarketDataServiceServicer):
     ) -> AsyncIterator[Serialised]:
         first = await anext(aiter(requests), pb.StreamQuotesRequest())
         subscription = self._subscription(first)
-        with self._held(subscription):
+        with self._streams.held(subscription):
             reading = asyncio.create_task(_steer(subscription, requests))
             try:
                 async for message in subscription.messages():
@@ -94,26 +82,13 @@ class MarketDataService(rpc.MarketDataServiceServicer):
         self, request: pb.SubscribeQuotesRequest, context: Context
     ) -> AsyncIterator[Serialised]:
         subscription = self._subscription(request)
-        with self._held(subscription):
+        with self._streams.held(subscription):
             async for message in subscription.messages():
                 yield message
 
     def _subscription(self, request: Request) -> Subscription:
         checks.check_subscription(request)
         return Subscription(self._bus, self._fanout, self._db, self._tokens, request)
-
-    @contextmanager
-    def _held(self, stream: Feed | Subscription) -> Iterator[None]:
-        """Count a stream among those that are bounded, and drained at the end."""
-        if self._draining:
-            raise Draining
-        if len(self._streams) >= self._max_streams:
-            raise TooManyStreams(self._max_streams)
-        self._streams.add(stream)
-        try:
-            yield
-        finally:
-            self._streams.remove(stream)
 
     async def GetLatestQuotes(
         self, request: pb.GetLatestQuotesRequest, context: Context
@@ -156,9 +131,9 @@ class MarketDataService(rpc.MarketDataServiceServicer):
     ) -> pb.ListBarsResponse:
         checks.check_list_bars(request)
         wanted = bar_range(request.symbol, request)
-        purpose = _purpose(request, "page_token", "page_size")
+        query = purpose(request, "page_token", "page_size")
         if request.page_token:
-            (start,) = _START.unpack(self._open_page(purpose, request.page_token))
+            (start,) = _START.unpack(self._tokens.open_page(query, request.page_token))
             wanted = wanted._replace(start=to_datetime(start))
         async with self._db.connection() as conn:
             limit = request.page_size or PAGE
@@ -168,18 +143,18 @@ class MarketDataService(rpc.MarketDataServiceServicer):
         response = pb.ListBarsResponse(bars=page.rows)
         if page.next_start:
             token = _START.pack(_us(page.next_start))
-            response.next_page_token = self._page_token(purpose, token)
+            response.next_page_token = self._tokens.page_token(query, token)
         return response
 
     async def StreamBars(
         self, request: pb.StreamBarsRequest, context: Context
     ) -> AsyncIterator[Serialised]:
         checks.check_stream_bars(request)
-        purpose = _purpose(request, "resume_token")
+        query = purpose(request, "resume_token")
         symbols = sorted(set(request.symbols))
         index, start = 0, None
         if request.resume_token:
-            payload = self._tokens.open(purpose, request.resume_token)
+            payload = self._tokens.open(query, request.resume_token)
             if payload is None:
                 raise InvalidResumeToken
             index, start_us = _PLACE.unpack(payload)
@@ -200,7 +175,7 @@ class MarketDataService(rpc.MarketDataServiceServicer):
                     )
                 start = page.next_start
                 place = (at, _us(start)) if start else (at + 1, _us(FIRST))
-                token = self._tokens.seal(purpose, _PLACE.pack(*place))
+                token = self._tokens.seal(query, _PLACE.pack(*place))
                 if len(page.rows):
                     rest = pb.StreamBarsResponse(resume_token=token)
                     columns = framed(bar_columns(symbol, page.rows))
@@ -216,26 +191,14 @@ class MarketDataService(rpc.MarketDataServiceServicer):
         limit = request.page_size or PAGE
         after = ""
         if request.page_token:
-            after = self._open_page(b"ListSymbols", request.page_token).decode()
+            after = self._tokens.open_page(b"ListSymbols", request.page_token).decode()
         async with self._db.connection() as conn:
             symbols = await queries.symbols_after(conn, after, limit + 1)
         response = pb.ListSymbolsResponse(symbols=symbols[:limit])
         if len(symbols) > limit:
             last = symbols[limit - 1].symbol.encode()
-            response.next_page_token = self._page_token(b"ListSymbols", last)
+            response.next_page_token = self._tokens.page_token(b"ListSymbols", last)
         return response
-
-    def _page_token(self, purpose: bytes, payload: bytes) -> str:
-        return urlsafe_b64encode(self._tokens.seal(purpose, payload)).decode()
-
-    def _open_page(self, purpose: bytes, token: str) -> bytes:
-        try:
-            payload = self._tokens.open(purpose, urlsafe_b64decode(token))
-        except ValueError:  # not even base64
-            payload = None
-        if payload is None:
-            raise InvalidPageToken
-        return payload
 
 
 async def _steer(
@@ -251,17 +214,7 @@ async def _steer(
 
 async def _require_rows(conn: Connection, symbol: str) -> None:
     if await queries.first_time_from(conn, symbol, FIRST) is None:
-        raise UnknownSymbol(symbol)
-
-
-def _purpose(request: pb.ListBarsRequest | pb.StreamBarsRequest, *free: str) -> bytes:
-    """Return what a token depends on: the request without some fields."""
-    terms = type(request)()
-    terms.CopyFrom(request)  # type: ignore[arg-type]
-    for field in free:
-        terms.ClearField(field)  # type: ignore[arg-type]
-    name = request.DESCRIPTOR.name.encode()
-    return name + terms.SerializeToString(deterministic=True)
+        raise UnknownSymbol(symbol, "ListSymbols lists what has data")
 
 
 def _bars_event(**event: Any) -> bytes:

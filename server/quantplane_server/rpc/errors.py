@@ -6,20 +6,19 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import grpc
 
-from quantplane_server.errors import (
-    BackendUnavailable,
-    InternalError,
-    QuantplaneError,
-)
+from quantplane_server.errors import InternalError, QuantplaneError
 from quantplane_server.rpc.interceptor import Call
 
 logger = logging.getLogger(__name__)
 
 
+Translate = Callable[[Exception], QuantplaneError | None]
+
+
 def errors_to_status(
-    unavailable: tuple[type[Exception], ...],
+    translate: Translate,
 ) -> Callable[[Call], AbstractAsyncContextManager[None]]:
-    """Return the layer; `unavailable` are the errors of backends that are away."""
+    """Return the layer; `translate` knows what other exceptions mean to a caller."""
 
     @asynccontextmanager
     async def layer(call: Call) -> AsyncIterator[None]:
@@ -27,14 +26,14 @@ def errors_to_status(
             yield
         except QuantplaneError as error:
             await _abort(call, error)
-        except unavailable as error:
-            logger.warning("%s: backend unavailable: %r", call.method, error)
-            await _abort(call, BackendUnavailable())
         except grpc.aio.AbortError:
             raise
-        except Exception:
-            logger.exception("%s failed", call.method)
-            await _abort(call, InternalError())
+        except Exception as error:
+            if known := translate(error):
+                logger.warning("%s: %s: %r", call.method, known, error)
+            else:
+                logger.exception("%s failed", call.method)
+            await _abort(call, known or InternalError())
 
     return layer
 

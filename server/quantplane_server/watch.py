@@ -1,0 +1,287 @@
+"""State that lives in the database, and its readers: a snapshot, then what changes.
+
+Who has committed a change announces its topics over the bus. Every process that serves
+readers of a topic then reads the state again, once for all of them, and each reader
+gets what differs from what it was given before. So a slow reader skips states but never
+the latest, and holds no more than the last one it got.
+
+An announcement is a hurry, not the truth: each state is also read again now and then,
+and whenever the bus was away.
+"""
+
+import asyncio
+import logging
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import ExitStack, contextmanager, suppress
+from hashlib import blake2b
+from typing import Any, NamedTuple, TypeAlias
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from quantplane import v1 as pb
+from quantplane_server import bus as buses
+from quantplane_server import db as databases
+from quantplane_server.bus import Bus
+from quantplane_server.checks import seconds
+from quantplane_server.errors import InvalidResumeToken
+from quantplane_server.tokens import Tokens, purpose
+
+logger = logging.getLogger(__name__)
+
+State: TypeAlias = Mapping[Hashable, Message]  # key -> row, in a fixed order
+Read: TypeAlias = Callable[[], Awaitable[State]]
+
+HEARTBEAT_S = 5.0
+RETRY_S = 0.5
+RETRY_AFTER_MS = 500
+
+
+class Version(NamedTuple):
+    """A state at one time."""
+
+    state: State
+    digest: bytes
+
+
+class Watched:
+    """One state, shared by all readers that this process has of it."""
+
+    def __init__(self, topics: Iterable[str], read: Read) -> None:
+        self.topics = frozenset(topics)
+        self.bells: list[Callable[[], None]] = []  # of its readers
+        self._read = read
+        self._version = Version({}, b"")
+        self._stale = True
+        self._reading = asyncio.Lock()
+
+    async def current(self) -> Version:
+        """Return the state. Raises what reading it raises, and is tried again then."""
+        async with self._reading:
+            if self._stale:
+                self._stale = False  # whatever is announced from here on counts
+                try:
+                    state = await self._read()
+                except BaseException:
+                    self._stale = True
+                    raise
+                if (digest := _digest(state)) != self._version.digest:
+                    self._version = Version(state, digest)
+        return self._version
+
+    def invalidate(self) -> None:
+        self._stale = True
+        for ring in self.bells:
+            ring()
+
+
+class Watches:
+    """The states that this process has readers of."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._watched: dict[Hashable, Watched] = {}
+        self._unannounced: set[str] = set()  # while the bus was away
+
+    async def run(self) -> None:
+        """Follow the announcements, until cancelled."""
+        while True:
+            try:
+                async for topics in self._bus.follow_changes():
+                    if unannounced := self._unannounced:
+                        self._unannounced = set()
+                        await self.announce(unannounced)
+                    self._invalidate(topics)
+            except buses.UNAVAILABLE as error:
+                logger.warning("the bus is away, trying again: %s", error)
+            except Exception:
+                logger.exception("following changes failed, trying again")
+            await asyncio.sleep(RETRY_S)
+
+    async def announce(self, topics: Iterable[str]) -> None:
+        """Tell every process what has changed; call it once that is committed."""
+        topics = set(topics)
+        try:
+            await self._bus.announce_changes(topics)
+        except buses.UNAVAILABLE:
+            self._unannounced |= topics
+
+    @contextmanager
+    def watching(
+        self,
+        key: Hashable,
+        topics: Iterable[str],
+        read: Read,
+        ring: Callable[[], None],
+    ) -> Iterator[Watched]:
+        """Share a state with whoever watches the same `key`.
+
+        `read` returns it; `ring` is called when it may have changed.
+        """
+        watched = self._watched.get(key)
+        if watched is None:
+            watched = self._watched[key] = Watched(topics, read)
+        watched.bells.append(ring)
+        try:
+            yield watched
+        finally:
+            watched.bells.remove(ring)
+            if not watched.bells:
+                del self._watched[key]
+
+    def _invalidate(self, topics: set[str] | None) -> None:
+        for watched in self._watched.values():
+            if topics is None or topics & watched.topics:
+                watched.invalidate()
+
+
+class Part(NamedTuple):
+    """One of the states that a stream consists of."""
+
+    key: Hashable  # the same for the same state, whoever reads it
+    topics: Sequence[str]  # announced when it may have changed
+    read: Read
+
+
+class WatchStream:
+    """The server's side of a stream of state: one reader.
+
+    A subclass says what its responses look like.
+    """
+
+    def __init__(
+        self, watches: Watches, tokens: Tokens, request: Any, parts: Sequence[Part]
+    ) -> None:
+        self._watches = watches
+        self._tokens = tokens
+        self._parts = parts
+        self._resume_token: bytes = request.resume_token
+        self._purpose = purpose(request, "resume_token", "heartbeat_interval")
+        self._heartbeat_s = seconds(request.heartbeat_interval) or HEARTBEAT_S
+        self._sent: list[Version] = []
+        self._wake = asyncio.Event()
+        self._draining = False
+
+    def statuses(self, states: Sequence[State]) -> list[pb.KeyStatus]:
+        """Return what Subscribed says of each key; `states` are those of the parts."""
+        raise NotImplementedError
+
+    def data(self, state: State, changed: State, whole: bool) -> Any:
+        """Return the response that tells a part's changes, or all of it if `whole`."""
+        raise NotImplementedError
+
+    def event(self, event: pb.StreamEvent) -> Any:
+        """Return the response that carries an event."""
+        raise NotImplementedError
+
+    def drain(self) -> None:
+        """End the stream with a Goodbye."""
+        self._draining = True
+        self._wake.set()
+
+    async def messages(self) -> AsyncIterator[Any]:
+        """Yield responses until drained."""
+        with ExitStack() as stack:
+            watched = [
+                stack.enter_context(self._watches.watching(*part, self._wake.set))
+                for part in self._parts
+            ]
+            async for message in self._snapshot(watched):
+                yield message
+            beat_at = self._now() + self._heartbeat_s
+            while not self._draining:
+                async for message in self._changes(watched):
+                    yield message
+                if self._now() >= beat_at:
+                    beat_at = self._now() + self._heartbeat_s
+                    yield self._sealed(self._heartbeat())
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(beat_at - self._now()):
+                        await self._wake.wait()
+            yield self._sealed(self._goodbye())
+
+    async def _snapshot(self, watched: Sequence[Watched]) -> AsyncIterator[Any]:
+        """Yield all there is, or nothing to a reader that has it already."""
+        self._sent = [await one.current() for one in watched]
+        known = self._opened()
+        states = [version.state for version in self._sent]
+        keys = self.statuses(states)
+        yield self.event(pb.StreamEvent(subscribed=pb.Subscribed(keys=keys)))
+        if known != self._digest():
+            for state in states:
+                if state:
+                    yield self.data(state, state, whole=True)
+        complete = pb.StreamEvent(snapshot_complete=pb.SnapshotComplete())
+        yield self._sealed(self.event(complete))
+
+    async def _changes(self, watched: Sequence[Watched]) -> AsyncIterator[Any]:
+        self._wake.clear()
+        for number, one in enumerate(watched):
+            try:
+                version = await one.current()
+            except databases.UNAVAILABLE as error:
+                logger.warning("the database is away, trying again: %r", error)
+                asyncio.get_running_loop().call_later(RETRY_S, self._wake.set)
+                return
+            sent = self._sent[number].state
+            if version is self._sent[number]:
+                continue
+            self._sent[number] = version
+            state = version.state
+            if sent.keys() <= state.keys():
+                changed = {
+                    key: row for key, row in state.items() if sent.get(key) != row
+                }
+                yield self._sealed(self.data(state, changed, whole=False))
+            else:  # rows are gone
+                yield self._sealed(self.data(state, state, whole=True))
+
+    def _heartbeat(self) -> Any:
+        heartbeat = pb.Heartbeat()
+        heartbeat.server_time.GetCurrentTime()
+        return self.event(pb.StreamEvent(heartbeat=heartbeat))
+
+    def _goodbye(self) -> Any:
+        retry_after = Duration()
+        retry_after.FromMilliseconds(RETRY_AFTER_MS)
+        goodbye = pb.Goodbye(reason=pb.GOODBYE_REASON_DRAINING, retry_after=retry_after)
+        return self.event(pb.StreamEvent(goodbye=goodbye))
+
+    def _sealed(self, response: Any) -> Any:
+        """Return a response with the token that stands for all that was sent."""
+        response.resume_token = self._tokens.seal(self._purpose, self._digest())
+        return response
+
+    def _opened(self) -> bytes | None:
+        """Return the digest of what the reader has, if it comes back."""
+        if not self._resume_token:
+            return None
+        digest = self._tokens.open(self._purpose, self._resume_token)
+        if digest is None:
+            raise InvalidResumeToken
+        return digest
+
+    def _digest(self) -> bytes:
+        digests = b"".join(version.digest for version in self._sent)
+        return blake2b(digests, digest_size=16).digest()
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def _digest(state: State) -> bytes:
+    digest = blake2b(digest_size=16)
+    for key, row in state.items():
+        data = row.SerializeToString(deterministic=True)
+        digest.update(f"{key!r} {len(data)} ".encode())
+        digest.update(data)
+    return digest.digest()
