@@ -11,7 +11,17 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import bars, fanout, idle, latency, recording, resuming, slow_reader
+from benchmarks import (
+    bars,
+    daily,
+    fanout,
+    hypertable,
+    idle,
+    latency,
+    recording,
+    resuming,
+    slow_reader,
+)
 from benchmarks.harness import BUILD, LOG, Bench, Figure, Lab
 
 RUN_S = 285.0  # for all
@@ -62,8 +72,14 @@ BENCHMARKS = {
     "record_vs_copy": Benchmark(
         recording.vs_copy, "asyncpg COPY, 10,000 a commit", Goal("ratio", least=0.6)
     ),
-    "stream_bars_vs_asyncpg": Benchmark(
+    "hypertable_vs_plain": Benchmark(
+        hypertable.vs_plain, "the same COPY into a plain table"
+    ),
+    "history_vs_asyncpg": Benchmark(
         bars.vs_asyncpg, "asyncpg into numpy", Goal("ratio", least=0.5)
+    ),
+    "daily_vs_rows": Benchmark(
+        daily.vs_rows, "SQL on the rows, asyncpg", Goal("ratio", least=20)
     ),
     "idle_subscription_kb": Benchmark(idle.subscription, "bare handler that waits"),
 }

@@ -14,10 +14,11 @@ from benchmarks.recording import COLUMNS
 from quantplane import Client, frames
 from quantplane import v1 as pb
 
-ROWS = 370_000  # one-minute bars: a year of one symbol is 390 x 252, or 525,600
+DAYS = 257  # of trading in a year, each of 24 hours
+ROWS = DAYS * 1_440  # one-minute bars
 ROUNDS = 3
 SYMBOL = "BARS"
-START = datetime(2024, 1, 1, tzinfo=UTC)
+START = datetime(2024, 1, 1, tzinfo=UTC)  # a Monday
 DTYPE = np.dtype(
     [
         ("time", "i8"), ("open", "f8"), ("high", "f8"), ("low", "f8"),
@@ -29,7 +30,7 @@ DTYPE = np.dtype(
 
 async def vs_asyncpg(bench: Bench) -> Figure:
     """Compare StreamBars into pandas with asyncpg into a numpy record array."""
-    await _load(bench.dsn)
+    await load(bench.dsn)
     async with (
         bench.server() as (target, _),
         bench.child(compare, target=target, dsn=bench.dsn) as child,
@@ -43,11 +44,18 @@ async def vs_asyncpg(bench: Bench) -> Figure:
     return Figure.of("rows/s", ours, baseline)
 
 
-async def _load(dsn: str) -> None:
+async def load(dsn: str) -> None:
+    """Store a year of one-minute bars of one symbol, and mark its days."""
     conn = await asyncpg.connect(dsn)
     try:
         await conn.copy_records_to_table(
             "market_data", records=_rows(), columns=COLUMNS
+        )
+        await conn.execute(
+            """
+            INSERT INTO pending_days (symbol, day)
+            SELECT DISTINCT symbol, time_bucket('1 day', time) FROM market_data
+            """
         )
         await conn.execute("VACUUM ANALYZE market_data")
     finally:
@@ -56,10 +64,13 @@ async def _load(dsn: str) -> None:
 
 def _rows() -> Iterator[tuple[Any, ...]]:
     for i in range(ROWS):
+        day, minute = divmod(i, 1_440)
+        week, weekday = divmod(day, 5)
+        time = START + timedelta(weeks=week, days=weekday, minutes=minute)
         price = 100 + i % 997 * 0.01
         prices = (price, price + 0.05, price - 0.05, price + 0.01)
         sides = (price, price + 0.02, 100 + i % 50, 120 + i % 50)
-        yield START + timedelta(minutes=i), SYMBOL, *prices, i % 9_000, price, *sides
+        yield time, SYMBOL, *prices, i % 9_000, price, *sides
 
 
 async def compare(parent: Parent, target: str, dsn: str) -> None:

@@ -112,7 +112,9 @@ async def _check_rows(dsn: str) -> None:
         raise RuntimeError(f"{rows:,} rows were stored, not {QUOTES:,}")
 
 
-async def copy(parent: Parent, dsn: str, tape: dict[str, Any]) -> None:
+async def copy(
+    parent: Parent, dsn: str, tape: dict[str, Any], table: str = "market_data"
+) -> None:
     """COPY a tape's rows when told to; say how many seconds that took."""
     rows = list(Tape(**tape).rows())
     conn = await asyncpg.connect(dsn)
@@ -121,7 +123,7 @@ async def copy(parent: Parent, dsn: str, tape: dict[str, Any]) -> None:
     began = perf_counter()
     for start in range(0, len(rows), BATCH_ROWS):
         await conn.copy_records_to_table(
-            "market_data", records=rows[start : start + BATCH_ROWS], columns=COLUMNS
+            table, records=rows[start : start + BATCH_ROWS], columns=COLUMNS
         )
     parent.say(seconds=perf_counter() - began)
     await conn.close()

@@ -338,6 +338,11 @@ Table(
     Index("idx_orders_strategy", "strategy_id", text("created_at DESC")),
     Index("idx_orders_symbol", "symbol", text("created_at DESC")),
     Index(
+        "idx_orders_signal",
+        "signal_id",
+        postgresql_where=text("signal_id IS NOT NULL"),
+    ),
+    Index(
         "idx_orders_status",
         "status",
         postgresql_where=text("status = ANY (ARRAY['pending'::text, 'open'::text])"),

@@ -77,7 +77,11 @@ async def redis_url(valkey_url: str) -> AsyncIterator[str]:
 @pytest.fixture
 def settings(dsn: str, redis_url: str) -> Settings:
     return Settings(
-        postgres_dsn=dsn, redis_url=redis_url, listen="127.0.0.1:0", grace_s=2
+        postgres_dsn=dsn,
+        redis_url=redis_url,
+        listen="127.0.0.1:0",
+        grace_s=2,
+        maintenance_s=3600,  # retention would take old history from under a test
     )
 
 

@@ -60,7 +60,7 @@ def is_transient(error: grpc.RpcError) -> bool:
         case grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN:
             return not reason_of(error)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return bool(reason_of(error))
+            return reason_of(error) not in ("", "RESULT_TOO_LARGE")
         case _:
             return False
 

@@ -280,6 +280,8 @@ class Follower(Generic[Response]):
             self._updates_in_force += kind == "subscribed"
         if token := response.resume_token:
             self._token = token
+            if token != self._resumed_from:
+                self._resumed_from = b""  # a state, and its token, may come back
             if self._updates_in_force > 0:
                 self._fold(self._updates_in_force)
                 self._updates_in_force = 0

@@ -396,6 +396,11 @@ def create_trading() -> None:
         "CREATE INDEX idx_orders_status ON orders (status)"
         " WHERE status IN ('pending', 'open')"
     )
+    # For the foreign key: what is deleted is looked for here.
+    op.execute(
+        "CREATE INDEX idx_orders_signal ON orders (signal_id)"
+        " WHERE signal_id IS NOT NULL"
+    )
     strategy = "coalesce(NEW.strategy_id, '')"
     named = {"strategy_id": strategy, "client_order_id": "NEW.client_order_id"}
     keep_keys("orders", "order_keys", "order_id", named)
@@ -509,6 +514,10 @@ def create_maintenance() -> None:
             result      TEXT NOT NULL
         )
         """
+    )
+    # No policy of the database is for a plain table.
+    op.execute(
+        "INSERT INTO retention_policies VALUES ('option_chain_times', '5 years')"
     )
     community = edition() is Edition.COMMUNITY
     for table, age in RETENTION.items():
@@ -630,7 +639,8 @@ def create_aggregated_days() -> None:
 def create_exact_days(view: str, aggregated: str) -> None:
     """Create a view of all days: aggregated, or from the rows while they are pending.
 
-    24 hours, since a day would differ from them in a session's time zone.
+    24 hours, since a day would differ from them in a session's time zone. LATERAL, so
+    that each pending day is a search of the index, and without one no row is read.
     """
     op.execute(
         f"""
@@ -639,12 +649,13 @@ def create_exact_days(view: str, aggregated: str) -> None:
          WHERE NOT EXISTS (SELECT FROM pending_days AS p
                             WHERE p.symbol = a.symbol AND p.day = a.day)
         UNION ALL
-        SELECT p.day, p.symbol, {DAY_VALUES}
-          FROM pending_days AS p
-          JOIN market_data AS m
-            ON m.symbol = p.symbol
-           AND m.time >= p.day AND m.time < p.day + INTERVAL '24 hours'
-         GROUP BY p.day, p.symbol
+        SELECT p.day, p.symbol, m.*
+          FROM pending_days AS p,
+               LATERAL (SELECT {DAY_VALUES}
+                          FROM market_data AS m
+                         WHERE m.symbol = p.symbol AND m.time >= p.day
+                           AND m.time < p.day + INTERVAL '24 hours'
+                        HAVING count(*) > 0) AS m
         """
     )
 

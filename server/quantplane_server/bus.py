@@ -33,7 +33,6 @@ CONNECTIONS = 32  # per client
 NEWS_S = 1.0
 RECORDED = "quantplane:recorded"
 CHANGED = "quantplane:changed"
-REFRESH_S = 10.0
 
 
 class Position(NamedTuple):
@@ -132,6 +131,29 @@ class Bus:
 
     async def ping(self) -> None:
         await self._redis.ping()
+
+    async def version(self) -> str:
+        """Return what this is: "Valkey 9.1.0", or "Redis 7.4.1"."""
+        info = await self.info()
+        if "valkey_version" in info:
+            return f"Valkey {info['valkey_version']}"
+        return f"Redis {info['redis_version']}"
+
+    async def info(self) -> dict[str, Any]:
+        """Return what INFO says."""
+        info: dict[str, Any] = await self._redis.info()
+        return info
+
+    async def config(self, *names: str) -> dict[str, str]:
+        """Return settings. Raises ResponseError where they are kept secret."""
+        settings: Any = await self._redis.config_get(*names)
+        return dict(settings)
+
+    async def is_local(self) -> bool:
+        """Tell whether this machine runs it, as far as addresses tell."""
+        client: Any = await self._redis.client_info()
+        here, there = client["addr"], client["laddr"]
+        return bool(here.rpartition(":")[0] == there.rpartition(":")[0])
 
     async def open_feed(self, name: str) -> FeedLease:
         """Begin a session of the feed and end all others."""
@@ -273,15 +295,13 @@ class Bus:
         await self._redis.publish(CHANGED, "\n".join(topics))
 
     async def follow_changes(self) -> AsyncIterator[set[str] | None]:
-        """Yield the topics that change; None for all that may have.
-
-        That is so at first, and when no news came for a while.
-        """
+        """Yield the topics that change; at first None, for all that may have."""
         async with self._redis.pubsub(ignore_subscribe_messages=True) as news:
             await news.subscribe(CHANGED)
+            await news.get_message(timeout=TIMEOUT_S)  # says that it is in force
+            yield None
             while True:
-                yield None
-                while message := await news.get_message(timeout=REFRESH_S):
+                if message := await news.get_message(timeout=BLOCK_S):
                     yield set(message["data"].decode().split("\n"))
 
     async def _calls(

@@ -4,12 +4,13 @@ import math
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from quantplane_server.constraints import RULES
-from quantplane_server.errors import InvalidRequest, Violation
+from quantplane_server.errors import InvalidRequest, OutOfOrder, Violation
 
 EARLIEST_S = -2_208_988_800  # 1900-01-01
 AHEAD_S = 86_400
@@ -56,11 +57,31 @@ class Checks:
         for i, symbol in enumerate(symbols[: at_most + 1]):
             self(is_name(symbol), f"{field}[{i}]", SYMBOL)
 
+    def time_range(self, request: Any) -> None:
+        """Check start_time and end_time, either of which may be omitted."""
+        for field in ("start_time", "end_time"):
+            if request.HasField(field):
+                self(is_bound(getattr(request, field)), field, BOUND)
+        if request.HasField("start_time") and request.HasField("end_time"):
+            start = request.start_time.ToNanoseconds()
+            end = request.end_time.ToNanoseconds()
+            self(start <= end, "end_time", "must not lie before start_time")
+
     def duration(
         self, value: Duration, field: str, least_s: float, most_s: float
     ) -> None:
         inside = least_s <= seconds(value) <= most_s
         self(inside, field, f"must be {least_s:g} to {most_s:g} s")
+
+
+def check_order(batch: int, expected: int) -> None:
+    """Refuse a batch that is not the next of its stream. Raises OutOfOrder."""
+    if batch != expected:
+        raise OutOfOrder(
+            f"batch {batch} came where {expected} was due; "
+            "number batches 1, 2, 3, ... in each stream",
+            expected=expected,
+        )
 
 
 def is_name(text: str) -> bool:

@@ -17,12 +17,16 @@ import typer
 import uvloop
 from pydantic import ValidationError
 
+from quantplane_server import backup as backups
 from quantplane_server import bus as buses
 from quantplane_server import db as databases
-from quantplane_server import demo
+from quantplane_server import demo, embedded
+from quantplane_server.admin.doctor import examine
+from quantplane_server.admin.findings import tell
 from quantplane_server.config import Settings
 from quantplane_server.embedded import EmbeddedError, Postgres, Valkey
 from quantplane_server.main import recording, serving
+from quantplane_server.market_data.queries import overdue_day_count
 from quantplane_server.migrate import SchemaOutdated, upgrade
 from quantplane_server.processes import READY, Child
 from quantplane_server.rpc.health import check
@@ -30,7 +34,7 @@ from quantplane_server.tasks import end
 
 app = typer.Typer(
     name="quantplane-server",
-    help="The quantplane server: one gRPC endpoint for market data.",
+    help="The quantplane server: the data plane of a trading desk.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,6 +52,11 @@ Listen = Annotated[
 Workers = Annotated[
     int, typer.Option("--workers", min=1, help="Processes that share the port.")
 ]
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Where PostgreSQL and Valkey keep their data."),
+]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The backup.")]
 UntilEof = Annotated[bool, typer.Option("--until-eof", hidden=True)]
 
 
@@ -59,10 +68,7 @@ def up(
     ephemeral: Annotated[
         bool, typer.Option("--ephemeral", help="Keep nothing after the end.")
     ] = False,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option("--data-dir", help="Where PostgreSQL and Valkey keep their data."),
-    ] = None,
+    data_dir: DataDir = None,
     listen: Listen = None,
     workers: Workers = 1,
 ) -> None:
@@ -112,6 +118,42 @@ def health(
     print(status.lower())
     if status != "SERVING":
         raise typer.Exit(1)
+
+
+@app.command()
+def doctor(data_dir: DataDir = None) -> None:
+    """Look at what servers stand on; say what is wrong and how to mend it."""
+    if not _run(_doctor(_settings(data_dir=data_dir))):
+        raise typer.Exit(1)
+
+
+@app.command()
+def backup(
+    file: File,
+    table: Annotated[
+        list[str] | None,
+        typer.Option("--table", help="Only this table, and what it needs; repeatable."),
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Write a backup of the databases to FILE, while servers go on."""
+    manifest = _run(_backup(_settings(data_dir=data_dir), file, table or []))
+    print(f"{file}: {manifest.summary()}, {file.stat().st_size / 1e6:,.1f} MB")
+
+
+@app.command()
+def restore(
+    file: File,
+    no_owner: Annotated[
+        bool, typer.Option("--no-owner", help="Leave out owners and privileges.")
+    ] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Restore a backup into empty databases, and compare all of it."""
+    manifest = _run(_restore(_settings(data_dir=data_dir), file, not no_owner))
+    for line in manifest.lines():
+        print(line)
+    print(f"restored and found equal: {manifest.summary()}")
 
 
 async def _up(
@@ -194,6 +236,54 @@ async def _stay(
         await end(*waits)
         for task in done:
             task.result()
+
+
+async def _doctor(settings: Settings) -> bool:
+    """Tell what there is to say of what is set, or of what `up` runs."""
+    if not (settings.postgres_dsn or settings.redis_url):
+        if found := embedded.running(settings.data_dir):
+            dsn, url = found
+            there = {"postgres_dsn": dsn, "redis_url": url}
+            settings = settings.model_copy(update=there)
+    return await tell(examine(settings, overdue_day_count))
+
+
+async def _backup(
+    settings: Settings, file: Path, tables: list[str]
+) -> backups.Manifest:
+    async with _databases(settings, new=False) as dsns:
+        with backups.Progress() as progress:
+            return await backups.backup(dsns, file, tables, progress)
+
+
+async def _restore(settings: Settings, file: Path, owners: bool) -> backups.Manifest:
+    async with _databases(settings, new=True) as dsns:
+        with backups.Progress() as progress:
+            return await backups.restore(dsns, file, owners, progress)
+
+
+@asynccontextmanager
+async def _databases(settings: Settings, new: bool) -> AsyncIterator[dict[str, str]]:
+    """Yield the DSN of each database: those that are named, or that of `up`.
+
+    SIGTERM ends the block as Ctrl-C does, so that it can clean up.
+    """
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    async with AsyncExitStack() as stack:
+        dsn, folder = settings.postgres_dsn, settings.data_dir
+        if not dsn and (running := embedded.running(folder)):
+            dsn = running[0]
+        if not dsn and not new and not (folder / Postgres.name).exists():
+            raise ValueError(
+                f"there is no database in {folder}: QUANTPLANE_POSTGRES_DSN or"
+                " --data-dir must name one"
+            )
+        if not dsn:
+            postgres = await stack.enter_async_context(Postgres(folder))
+            dsn = postgres.dsn
+        reference = settings.reference_dsn
+        both = {"reference": reference} if reference and reference != dsn else {}
+        yield {"timeseries": dsn} | both
 
 
 def _settings(**given: object) -> Settings:

@@ -39,6 +39,10 @@ VERSION_TABLES = {
     "reference": "alembic_version_reference",
 }
 
+# A schema that is there while a backup is restored, and after a restore that was cut
+# off.
+RESTORING = "quantplane_restoring"
+
 
 class Edition(StrEnum):
     """What the database can do, from the least to the most."""
@@ -121,6 +125,12 @@ class Database:
         """Return if the database answers."""
         async with self.connection() as connection:
             await connection.execute("SELECT 1")
+
+    async def is_partial(self) -> bool:
+        """Whether a backup is being restored into it, or was so not to the end."""
+        async with self.connection() as connection:
+            marked = "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)"
+            return bool(await connection.fetchval(marked, RESTORING))
 
     async def schema_revision(self, part: str) -> str | None:
         """The revision that migrations have brought a part of the schema to, if any."""

@@ -13,7 +13,12 @@ from grpc_reflection.v1alpha import reflection
 from quantplane import v1 as rpc
 from quantplane_server import bus as buses
 from quantplane_server import db as databases
-from quantplane_server.admin.maintenance import Maintenance
+from quantplane_server.admin.maintenance import (
+    Maintenance,
+    Task,
+    kept_since,
+    own_tasks,
+)
 from quantplane_server.admin.service import AdminService
 from quantplane_server.bus import SHARDS, Bus
 from quantplane_server.config import Settings
@@ -21,6 +26,8 @@ from quantplane_server.constraints import refusal
 from quantplane_server.db import Database
 from quantplane_server.errors import BackendUnavailable, QuantplaneError
 from quantplane_server.fanout import Fanout
+from quantplane_server.market_data.daily import aggregate_days
+from quantplane_server.market_data.queries import pending_day_count
 from quantplane_server.market_data.recorder import Recorder
 from quantplane_server.market_data.service import MarketDataService
 from quantplane_server.migrate import check_current
@@ -73,7 +80,7 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
         market_data = MarketDataService(bus, fanout, db, tokens, streams)
         options = OptionsService(db, watches, tokens, streams)
         models = ModelService(db, watches, tokens, streams)
-        admin = AdminService(db, reference, bus)
+        admin = AdminService(db, reference, bus, _tasks(), pending_day_count)
 
         server = grpc.aio.server(
             interceptors=[Interceptor(errors_to_status(_translate))],
@@ -107,13 +114,24 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
 
 @asynccontextmanager
 async def recording(settings: Settings) -> AsyncIterator[None]:
-    """Record while the block runs."""
+    """Record, and maintain the database, while the block runs."""
     async with AsyncExitStack() as stack:
         db, _, bus = await _backends(settings, stack)
         recorder = Recorder(bus, db, (settings.window_mb << 20) // SHARDS)
-        maintenance = Maintenance(db, settings.maintenance_s)
+        maintenance = Maintenance(db, _tasks(), settings.maintenance_s)
         await stack.enter_async_context(_background(recorder.run(), maintenance.run()))
         yield
+
+
+def _tasks() -> list[Task]:
+    """What is done for the database now and then, in this order."""
+    aggregate = "aggregate the days whose rows have changed"
+    return [Task("daily bars", aggregate, _aggregate_days), *own_tasks()]
+
+
+async def _aggregate_days(db: Database) -> str:
+    since = await kept_since(db, "market_data")
+    return await (aggregate_days(db, since) if since else aggregate_days(db))
 
 
 async def _backends(

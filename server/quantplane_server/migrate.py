@@ -24,6 +24,16 @@ class SchemaOutdated(Exception):
         )
 
 
+class RestoreUnfinished(RuntimeError):
+    """A backup is being restored into the database, or was so not to the end."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the database holds a part of a backup, since a restore runs or was cut"
+            " off: run `quantplane-server restore` again, which empties it first"
+        )
+
+
 async def upgrade(dsn: str, reference_dsn: str | None = None) -> str:
     """Apply what is missing and return the revision reached.
 
@@ -43,8 +53,19 @@ def head_revision() -> str:
     return head
 
 
+def knows(revision: str) -> bool:
+    """Whether this server has a migration of that name."""
+    scripts = ScriptDirectory.from_config(_config()).walk_revisions()
+    return revision in {script.revision for script in scripts}
+
+
 async def check_current(database: Database, part: str) -> None:
-    """Raise SchemaOutdated unless this part is as this server needs it."""
+    """Raise SchemaOutdated unless this part is as this server needs it.
+
+    Raises RestoreUnfinished where the rows may not be whole.
+    """
+    if await database.is_partial():
+        raise RestoreUnfinished
     found, needed = await database.schema_revision(part), head_revision()
     if found != needed:
         raise SchemaOutdated(part, found, needed)

@@ -1,15 +1,47 @@
 """The streams of a process: how many there may be, and how they end when it stops."""
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from quantplane_server.errors import Draining, TooManyStreams
+from quantplane_server.tasks import end
+
+Request = TypeVar("Request")
 
 
 class Stream(Protocol):
     def drain(self) -> None:
         """End with a Goodbye."""
+
+
+class Batches(Generic[Request]):
+    """What a publisher sends, until it ends, or the process stops between two."""
+
+    def __init__(self, requests: AsyncIterator[Request]) -> None:
+        self._requests = requests
+        self._drained = asyncio.Event()
+
+    def drain(self) -> None:
+        self._drained.set()
+
+    async def __aiter__(self) -> AsyncIterator[Request]:
+        """Yield the requests. Raises Draining."""
+        drained = asyncio.create_task(self._drained.wait())
+        coming = None
+        try:
+            while True:
+                coming = asyncio.ensure_future(anext(self._requests, None))
+                either = [coming, drained]
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if drained.done():
+                    raise Draining
+                if (request := coming.result()) is None:
+                    return
+                yield request
+        finally:
+            await end(drained, *([coming] if coming else []))
 
 
 class Streams:

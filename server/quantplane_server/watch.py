@@ -6,7 +6,7 @@ gets what differs from what it was given before. So a slow reader skips states b
 the latest, and holds no more than the last one it got.
 
 An announcement is a hurry, not the truth: each state is also read again now and then,
-and whenever the bus was away.
+and whenever the bus was away. A reader is shown nothing older than its request.
 """
 
 import asyncio
@@ -42,6 +42,8 @@ State: TypeAlias = Mapping[Hashable, Message]  # key -> row, in a fixed order
 Read: TypeAlias = Callable[[], Awaitable[State]]
 
 HEARTBEAT_S = 5.0
+REFRESH_S = 10.0  # after the last read, if nothing is announced
+READ_S = 30.0  # before a read counts as failed
 RETRY_S = 0.5
 RETRY_AFTER_MS = 500
 
@@ -54,34 +56,50 @@ class Version(NamedTuple):
 
 
 class Watched:
-    """One state, shared by all readers that this process has of it."""
+    """One state, read by one task for all readers that this process has of it."""
 
     def __init__(self, topics: Iterable[str], read: Read) -> None:
         self.topics = frozenset(topics)
         self.bells: list[Callable[[], None]] = []  # of its readers
+        self.version = Version({}, b"")  # as last read
+        self.error: Exception | None = None  # of the last try to read
         self._read = read
-        self._version = Version({}, b"")
-        self._stale = True
-        self._reading = asyncio.Lock()
+        self._stale = asyncio.Event()
+        self._next_read = asyncio.Event()  # set when a read that has yet to begin ends
+        self._task = asyncio.create_task(self._keep_current())
 
-    async def current(self) -> Version:
-        """Return the state. Raises what reading it raises, and is tried again then."""
-        async with self._reading:
-            if self._stale:
-                self._stale = False  # whatever is announced from here on counts
-                try:
-                    state = await self._read()
-                except BaseException:
-                    self._stale = True
-                    raise
-                if (digest := _digest(state)) != self._version.digest:
-                    self._version = Version(state, digest)
-        return self._version
+    def refresh(self) -> asyncio.Event:
+        """Have the state read; return what is set once it was, or failed to be."""
+        self._stale.set()
+        return self._next_read
 
-    def invalidate(self) -> None:
-        self._stale = True
-        for ring in self.bells:
-            ring()
+    def close(self) -> None:
+        self._task.cancel()
+
+    async def _keep_current(self) -> None:
+        while self.bells:
+            self._stale.clear()  # whatever is announced from here on counts
+            done, self._next_read = self._next_read, asyncio.Event()
+            await self._update()
+            done.set()
+            for ring in self.bells:
+                ring()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RETRY_S if self.error else REFRESH_S):
+                    await self._stale.wait()
+
+    async def _update(self) -> None:
+        try:
+            async with asyncio.timeout(READ_S):
+                state = await self._read()
+        except Exception as error:
+            if not self.error:
+                logger.warning("a state can't be read, trying again: %r", error)
+            self.error = error
+        else:
+            self.error = None
+            if (digest := _digest(state)) != self.version.digest:
+                self.version = Version(state, digest)
 
 
 class Watches:
@@ -90,17 +108,13 @@ class Watches:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._watched: dict[Hashable, Watched] = {}
-        self._unannounced: set[str] = set()  # while the bus was away
 
     async def run(self) -> None:
         """Follow the announcements, until cancelled."""
         while True:
             try:
                 async for topics in self._bus.follow_changes():
-                    if unannounced := self._unannounced:
-                        self._unannounced = set()
-                        await self.announce(unannounced)
-                    self._invalidate(topics)
+                    self._refresh(topics)
             except buses.UNAVAILABLE as error:
                 logger.warning("the bus is away, trying again: %s", error)
             except Exception:
@@ -113,7 +127,7 @@ class Watches:
         try:
             await self._bus.announce_changes(topics)
         except buses.UNAVAILABLE:
-            self._unannounced |= topics
+            self._refresh(topics)  # others notice when they read again
 
     @contextmanager
     def watching(
@@ -125,7 +139,7 @@ class Watches:
     ) -> Iterator[Watched]:
         """Share a state with whoever watches the same `key`.
 
-        `read` returns it; `ring` is called when it may have changed.
+        `read` returns it; `ring` is called when it was read.
         """
         watched = self._watched.get(key)
         if watched is None:
@@ -137,11 +151,12 @@ class Watches:
             watched.bells.remove(ring)
             if not watched.bells:
                 del self._watched[key]
+                watched.close()
 
-    def _invalidate(self, topics: set[str] | None) -> None:
+    def _refresh(self, topics: set[str] | None) -> None:
         for watched in self._watched.values():
-            if topics is None or topics & watched.topics:
-                watched.invalidate()
+            if topics is None or not watched.topics.isdisjoint(topics):
+                watched.refresh()
 
 
 class Part(NamedTuple):
@@ -199,7 +214,8 @@ class WatchStream:
                 yield message
             beat_at = self._now() + self._heartbeat_s
             while not self._draining:
-                async for message in self._changes(watched):
+                self._wake.clear()
+                for message in self._changes(watched):
                     yield message
                 if self._now() >= beat_at:
                     beat_at = self._now() + self._heartbeat_s
@@ -211,8 +227,13 @@ class WatchStream:
 
     async def _snapshot(self, watched: Sequence[Watched]) -> AsyncIterator[Any]:
         """Yield all there is, or nothing to a reader that has it already."""
-        self._sent = [await one.current() for one in watched]
         known = self._opened()
+        for read in [one.refresh() for one in watched]:
+            await read.wait()
+        for one in watched:
+            if one.error:
+                raise one.error
+        self._sent = [one.version for one in watched]
         states = [version.state for version in self._sent]
         keys = self.statuses(states)
         yield self.event(pb.StreamEvent(subscribed=pb.Subscribed(keys=keys)))
@@ -223,20 +244,15 @@ class WatchStream:
         complete = pb.StreamEvent(snapshot_complete=pb.SnapshotComplete())
         yield self._sealed(self.event(complete))
 
-    async def _changes(self, watched: Sequence[Watched]) -> AsyncIterator[Any]:
-        self._wake.clear()
+    def _changes(self, watched: Sequence[Watched]) -> Iterator[Any]:
+        """Yield what differs from what was sent; nothing while the database is away."""
         for number, one in enumerate(watched):
-            try:
-                version = await one.current()
-            except databases.UNAVAILABLE as error:
-                logger.warning("the database is away, trying again: %r", error)
-                asyncio.get_running_loop().call_later(RETRY_S, self._wake.set)
-                return
-            sent = self._sent[number].state
-            if version is self._sent[number]:
+            if one.error and not isinstance(one.error, databases.UNAVAILABLE):
+                raise one.error
+            if one.version.digest == self._sent[number].digest:
                 continue
-            self._sent[number] = version
-            state = version.state
+            sent, state = self._sent[number].state, one.version.state
+            self._sent[number] = one.version
             if sent.keys() <= state.keys():
                 changed = {
                     key: row for key, row in state.items() if sent.get(key) != row

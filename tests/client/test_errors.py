@@ -106,6 +106,7 @@ async def test_a_description_includes_notes():
         (Code.UNKNOWN, "", True),
         (Code.UNKNOWN, "INTERNAL", False),
         (Code.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", True),
+        (Code.RESOURCE_EXHAUSTED, "RESULT_TOO_LARGE", False),
         (Code.RESOURCE_EXHAUSTED, "", False),
         (Code.INVALID_ARGUMENT, "INVALID_FIELD", False),
         (Code.UNAUTHENTICATED, "", False),

@@ -283,6 +283,14 @@ async def test_a_response_that_comes_again_after_a_reconnect_is_dropped():
         assert await lasts(follower, 2) == [1, 2]
 
 
+async def test_a_state_that_comes_back_after_another_is_given_again():
+    async with serving(
+        plays(quote(1, b"t"), then=ends), plays(quote(2, b"u"), quote(1, b"t"))
+    ) as (client, _):
+        follower = client.follow(client.market_data.SubscribeQuotes, SUBSCRIBE)
+        assert await lasts(follower, 3) == [1, 2, 1]
+
+
 async def test_responses_of_one_connection_may_share_a_token():
     async with serving(plays(quote(1, b"t"), quote(2, b"t"))) as (client, _):
         follower = client.follow(client.market_data.SubscribeQuotes, SUBSCRIBE)

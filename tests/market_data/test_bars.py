@@ -1,6 +1,8 @@
 """PublishBars, ListBars, StreamBars and ListSymbols, on both editions."""
 
+import asyncio
 import random
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -9,6 +11,8 @@ import pytest
 
 from quantplane import Client, reason_of, violations_of
 from quantplane import v1 as pb
+from quantplane_server.config import Settings
+from quantplane_server.main import serving
 from tests.conftest import both_editions
 from tests.market_data import Sender, kind, quotes
 
@@ -295,6 +299,21 @@ async def test_a_bad_bar_refuses_its_batch_and_keeps_those_before_it(
     assert reason_of(raised.value) == "INVALID_FIELD"
     assert violations_of(raised.value)[0][0] == f"bars[1].{field}"
     assert await listed(client, "A") == [bar("A", 1)]
+
+
+async def test_a_server_that_stops_ends_a_publisher_between_two_batches(
+    settings: Settings,
+):
+    patient = settings.model_copy(update={"grace_s": 60})
+    async with asyncio.timeout(30), AsyncExitStack() as stack:
+        async with serving(patient) as target:
+            client = await stack.enter_async_context(Client(target))
+            sender = Sender(client.market_data.PublishBars())
+            await sender.send(pb.PublishBarsRequest(batch=1, bars=[bar("A", 1)]))
+            assert (await sender.next()).durable_through == 1
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await sender.next()
+    assert reason_of(raised.value) == "DRAINING"
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ class GetServerInfoResponse(_message.Message):
     timescaledb_version: _builtins.str
     """Empty on EDITION_PLAIN."""
     bus_version: _builtins.str
-    """Of Valkey or Redis."""
+    """Of Valkey or Redis. Empty while it is away."""
     schema_revision: _builtins.str
     """Of the time series and of the reference tables, which may live in a database
     of their own.

@@ -32,8 +32,8 @@ class ModelServiceStub(object):
     Rules that hold everywhere in this service:
     - A symbol or pair_id is 1 to 64 printable characters without leading or
     trailing space.
-    - A time lies between 1900-01-01 and one day ahead of the server's clock; the
-    database keeps microseconds.
+    - A time lies between 1900-01-01 and one day ahead of the server's clock, a
+    bound on times anywhere from 1900 to 9999; the database keeps microseconds.
     - A number is finite. Parameters that break the rules of their model are
     refused, each rule with its source beside the field.
     - What is published replaces what is stored under the same key and time, so
@@ -105,8 +105,8 @@ class ModelServiceServicer(object):
     Rules that hold everywhere in this service:
     - A symbol or pair_id is 1 to 64 printable characters without leading or
     trailing space.
-    - A time lies between 1900-01-01 and one day ahead of the server's clock; the
-    database keeps microseconds.
+    - A time lies between 1900-01-01 and one day ahead of the server's clock, a
+    bound on times anywhere from 1900 to 9999; the database keeps microseconds.
     - A number is finite. Parameters that break the rules of their model are
     refused, each rule with its source beside the field.
     - What is published replaces what is stored under the same key and time, so
@@ -147,8 +147,8 @@ class ModelServiceServicer(object):
 
     def GetLatestSabr(self, request, context):
         """Returns the latest SABR calibration of each symbol: all maturities that were
-        calibrated at its latest time.
-        Errors: INVALID_FIELD.
+        calibrated at its latest time, at most 20,000 rows in all.
+        Errors: INVALID_FIELD, RESULT_TOO_LARGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -190,8 +190,9 @@ class ModelServiceServicer(object):
     def WatchModels(self, request, context):
         """Streams the latest parameters of the wanted keys, then each that changes.
         Calibrations that come faster than they are read may be merged; the latest
-        is never left out.
-        Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, TOO_MANY_STREAMS.
+        is never left out. The latest of one model are at most 20,000 rows.
+        Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, TOO_MANY_STREAMS,
+        RESULT_TOO_LARGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -265,8 +266,8 @@ class ModelService(object):
     Rules that hold everywhere in this service:
     - A symbol or pair_id is 1 to 64 printable characters without leading or
     trailing space.
-    - A time lies between 1900-01-01 and one day ahead of the server's clock; the
-    database keeps microseconds.
+    - A time lies between 1900-01-01 and one day ahead of the server's clock, a
+    bound on times anywhere from 1900 to 9999; the database keeps microseconds.
     - A number is finite. Parameters that break the rules of their model are
     refused, each rule with its source beside the field.
     - What is published replaces what is stored under the same key and time, so

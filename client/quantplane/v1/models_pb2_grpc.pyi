@@ -19,8 +19,8 @@ class ModelServiceStub:
     Rules that hold everywhere in this service:
     - A symbol or pair_id is 1 to 64 printable characters without leading or
       trailing space.
-    - A time lies between 1900-01-01 and one day ahead of the server's clock; the
-      database keeps microseconds.
+    - A time lies between 1900-01-01 and one day ahead of the server's clock, a
+      bound on times anywhere from 1900 to 9999; the database keeps microseconds.
     - A number is finite. Parameters that break the rules of their model are
       refused, each rule with its source beside the field.
     - What is published replaces what is stored under the same key and time, so
@@ -46,8 +46,8 @@ class ModelServiceStub:
     """
     GetLatestSabr: _aio.UnaryUnaryMultiCallable[_models_pb2.GetLatestSabrRequest, _models_pb2.GetLatestSabrResponse]
     """Returns the latest SABR calibration of each symbol: all maturities that were
-    calibrated at its latest time.
-    Errors: INVALID_FIELD.
+    calibrated at its latest time, at most 20,000 rows in all.
+    Errors: INVALID_FIELD, RESULT_TOO_LARGE.
     """
     GetLatestOu: _aio.UnaryUnaryMultiCallable[_models_pb2.GetLatestOuRequest, _models_pb2.GetLatestOuResponse]
     """Returns the latest Ornstein-Uhlenbeck fit of each pair.
@@ -69,8 +69,9 @@ class ModelServiceStub:
     WatchModels: _aio.UnaryStreamMultiCallable[_models_pb2.WatchModelsRequest, _models_pb2.WatchModelsResponse]
     """Streams the latest parameters of the wanted keys, then each that changes.
     Calibrations that come faster than they are read may be merged; the latest
-    is never left out.
-    Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, TOO_MANY_STREAMS.
+    is never left out. The latest of one model are at most 20,000 rows.
+    Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, TOO_MANY_STREAMS,
+    RESULT_TOO_LARGE.
     """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -80,8 +81,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     Rules that hold everywhere in this service:
     - A symbol or pair_id is 1 to 64 printable characters without leading or
       trailing space.
-    - A time lies between 1900-01-01 and one day ahead of the server's clock; the
-      database keeps microseconds.
+    - A time lies between 1900-01-01 and one day ahead of the server's clock, a
+      bound on times anywhere from 1900 to 9999; the database keeps microseconds.
     - A number is finite. Parameters that break the rules of their model are
       refused, each rule with its source beside the field.
     - What is published replaces what is stored under the same key and time, so
@@ -135,8 +136,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_models_pb2.GetLatestSabrRequest, _abc.Awaitable[_models_pb2.GetLatestSabrResponse]],
     ) -> _abc.Awaitable[_models_pb2.GetLatestSabrResponse]:
         """Returns the latest SABR calibration of each symbol: all maturities that were
-        calibrated at its latest time.
-        Errors: INVALID_FIELD.
+        calibrated at its latest time, at most 20,000 rows in all.
+        Errors: INVALID_FIELD, RESULT_TOO_LARGE.
         """
 
     @_abc_1.abstractmethod
@@ -188,8 +189,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.AsyncIterator[_models_pb2.WatchModelsResponse]:
         """Streams the latest parameters of the wanted keys, then each that changes.
         Calibrations that come faster than they are read may be merged; the latest
-        is never left out.
-        Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, TOO_MANY_STREAMS.
+        is never left out. The latest of one model are at most 20,000 rows.
+        Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, TOO_MANY_STREAMS,
+        RESULT_TOO_LARGE.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _aio.Server) -> None: ...

@@ -39,7 +39,8 @@ class OptionsServiceStub(object):
 
     The chain as of a time holds the latest row of each contract at or before this
     time, back to the last whole chain: what that chain did not list is gone, and
-    so is a contract that has expired by the date (UTC) of the chain.
+    so is a contract that has expired by the date (UTC) of the chain. So publish a
+    whole chain now and then: parts alone only add up.
     """
 
     def __init__(self, channel):
@@ -84,7 +85,8 @@ class OptionsServiceServicer(object):
 
     The chain as of a time holds the latest row of each contract at or before this
     time, back to the last whole chain: what that chain did not list is gone, and
-    so is a contract that has expired by the date (UTC) of the chain.
+    so is a contract that has expired by the date (UTC) of the chain. So publish a
+    whole chain now and then: parts alone only add up.
     """
 
     def PublishOptionChain(self, request_iterator, context):
@@ -171,7 +173,8 @@ class OptionsService(object):
 
     The chain as of a time holds the latest row of each contract at or before this
     time, back to the last whole chain: what that chain did not list is gone, and
-    so is a contract that has expired by the date (UTC) of the chain.
+    so is a contract that has expired by the date (UTC) of the chain. So publish a
+    whole chain now and then: parts alone only add up.
     """
 
     @staticmethod

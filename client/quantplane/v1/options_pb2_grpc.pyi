@@ -26,7 +26,8 @@ class OptionsServiceStub:
 
     The chain as of a time holds the latest row of each contract at or before this
     time, back to the last whole chain: what that chain did not list is gone, and
-    so is a contract that has expired by the date (UTC) of the chain.
+    so is a contract that has expired by the date (UTC) of the chain. So publish a
+    whole chain now and then: parts alone only add up.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -68,7 +69,8 @@ class OptionsServiceServicer(metaclass=_abc_1.ABCMeta):
 
     The chain as of a time holds the latest row of each contract at or before this
     time, back to the last whole chain: what that chain did not list is gone, and
-    so is a contract that has expired by the date (UTC) of the chain.
+    so is a contract that has expired by the date (UTC) of the chain. So publish a
+    whole chain now and then: parts alone only add up.
     """
 
     @_abc_1.abstractmethod

@@ -123,6 +123,8 @@ def check_change(symbols: Sequence[str], room: bool) -> None:
 def check_latest(request: pb.GetLatestQuotesRequest) -> None:
     with Checks() as check:
         check.symbols(request.symbols, "symbols", MAX_SYMBOLS)
+        if request.HasField("as_of"):
+            check(is_bound(request.as_of), "as_of", BOUND)
 
 
 def check_bars(bars: Sequence[pb.Bar], batch: int) -> None:
@@ -158,13 +160,7 @@ def check_stream_bars(request: pb.StreamBarsRequest) -> None:
 def _check_range(
     check: Checks, request: pb.ListBarsRequest | pb.StreamBarsRequest
 ) -> None:
-    for field in ("start_time", "end_time"):
-        if request.HasField(field):
-            check(is_bound(getattr(request, field)), field, BOUND)
-    if request.HasField("start_time") and request.HasField("end_time"):
-        start = request.start_time.ToNanoseconds()
-        end = request.end_time.ToNanoseconds()
-        check(start <= end, "end_time", "must not lie before start_time")
+    check.time_range(request)
     if request.HasField("interval"):
         whole = request.interval.nanos == 0
         inside = 1 <= request.interval.seconds <= WEEK_S

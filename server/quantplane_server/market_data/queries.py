@@ -1,4 +1,4 @@
-"""All SQL on market_data and bus_positions."""
+"""All SQL on market_data, its days, and bus_positions."""
 
 import asyncio
 import struct
@@ -16,6 +16,12 @@ from quantplane_server.checks import time_us, to_datetime
 from quantplane_server.db import Connection
 
 EPOCH_2000_US = 946_684_800_000_000  # PostgreSQL counts time from 2000-01-01
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+DAY = timedelta(days=1)
+DAY_US = 86_400_000_000
+
+SymbolDay = tuple[str, int]
+"""A symbol and a day: how many UTC days it lies after 1970-01-01."""
 
 BAR_VALUES = (
     "open", "high", "low", "close", "volume", "vwap", "bid", "ask", "bid_size",
@@ -121,7 +127,12 @@ _NULL = (-1,)
 YIELD_ROWS = 256
 
 
-async def encode_quotes(quotes: Iterable[pb.Quote]) -> bytes:
+class Encoded(NamedTuple):
+    rows: bytes
+    days: set[SymbolDay]  # of the rows
+
+
+async def encode_quotes(quotes: Iterable[pb.Quote]) -> Encoded:
     """Return quotes as rows in COPY's binary format, letting others run now and then.
 
     A quote is a degenerate bar: open = high = low = close = last, or the mid where the
@@ -134,7 +145,8 @@ async def encode_quotes(quotes: Iterable[pb.Quote]) -> bytes:
         rows[symbol, stamp] = _encode(quote, symbol.encode(), stamp - EPOCH_2000_US)
         if number % YIELD_ROWS == 0:
             await asyncio.sleep(0)
-    return b"".join([_COPY_BEGIN, *rows.values(), _COPY_FINISH])
+    days = {(symbol, stamp // DAY_US) for symbol, stamp in rows}
+    return Encoded(b"".join([_COPY_BEGIN, *rows.values(), _COPY_FINISH]), days)
 
 
 def _encode(quote: pb.Quote, symbol: bytes, stamp: int) -> bytes:
@@ -210,15 +222,19 @@ async def quotes_after(
     return [_quote(row) for row in rows]
 
 
-async def latest_quotes(conn: Connection, symbols: Sequence[str]) -> list[pb.Quote]:
-    """Return the last recorded row of each symbol that has one."""
+async def latest_quotes(
+    conn: Connection, symbols: Sequence[str], as_of: datetime
+) -> list[pb.Quote]:
+    """Return the last row at or before a time of each symbol that has one."""
     rows = await conn.fetch(
         f"""
         SELECT {_QUOTE_COLUMNS} FROM unnest($1::text[]) AS wanted (name),
-               LATERAL (SELECT * FROM market_data WHERE symbol = name
+               LATERAL (SELECT * FROM market_data
+                         WHERE symbol = name AND time <= $2
                          ORDER BY time DESC LIMIT 1) AS found
         """,
         symbols,
+        as_of,
     )
     return [_quote(row) for row in rows]
 
@@ -240,7 +256,10 @@ def _quote(row: Any) -> pb.Quote:
 
 
 async def store_bars(conn: Connection, bars: Iterable[pb.Bar]) -> None:
-    """Store bars; each replaces the row of its symbol and time."""
+    """Store bars and mark their days; each replaces the row of its symbol and time.
+
+    It comes last in its transaction, as mark_days does.
+    """
     rows = {(bar.symbol, time_us(bar.time)): bar for bar in bars}
     columns: list[list[Any]] = [
         [bar.time.ToDatetime(tzinfo=UTC) for bar in rows.values()],
@@ -263,6 +282,7 @@ async def store_bars(conn: Connection, bars: Iterable[pb.Bar]) -> None:
         """,
         *columns,
     )
+    await mark_days(conn, {(symbol, stamp // DAY_US) for symbol, stamp in rows})
 
 
 def _value(bar: pb.Bar, field: Any) -> float | None:
@@ -278,25 +298,49 @@ _STORED = """
      ORDER BY time LIMIT $4
 """
 
-# Each row is the bar of a bucket of width $5. Rows without open, high or low count with
-# their close.
+# Each row is the bar of a bucket of width $5, made of parts: rows or whole days.
 _BUCKETS = """
-    SELECT time_bucket($5, time) AS time,
-           first(coalesce(open, close), time) AS open,
-           max(coalesce(high, close)) AS high,
-           min(coalesce(low, close)) AS low,
-           last(close, time) AS close,
+    SELECT time_bucket($5, at) AS time,
+           first(first_price, at) AS open,
+           max(highest) AS high,
+           min(lowest) AS low,
+           last(close, at) AS close,
            sum(volume)::bigint AS volume,
-           sum(vwap * volume) / nullif(sum(volume) FILTER (WHERE vwap IS NOT NULL), 0)
-               AS vwap,
-           last(bid, time) AS bid,
-           last(ask, time) AS ask,
-           last(bid_size::float8, time)::int AS bid_size,
-           last(ask_size::float8, time)::int AS ask_size
-      FROM market_data
-     WHERE symbol = $1 AND time >= $2 AND time < $3
+           sum(vwap_value) / nullif(sum(vwap_volume), 0) AS vwap,
+           last(bid, at) AS bid,
+           last(ask, at) AS ask,
+           last(bid_size, at) AS bid_size,
+           last(ask_size, at) AS ask_size
+      FROM ({parts}) AS parts
      GROUP BY 1 ORDER BY 1 LIMIT $4
 """
+
+# Rows without open, high or low count with their close.
+_ROWS = """
+    SELECT time AS at, coalesce(open, close) AS first_price,
+           coalesce(high, close) AS highest, coalesce(low, close) AS lowest, close,
+           volume, vwap * volume AS vwap_value,
+           CASE WHEN vwap IS NOT NULL THEN volume END AS vwap_volume,
+           bid, ask, bid_size, ask_size
+      FROM market_data
+     WHERE symbol = $1 AND time >= {start} AND time < {end}
+"""
+
+_DAYS = """
+    SELECT day, first_price, highest, lowest, close, volume, vwap_value, vwap_volume,
+           bid, ask, bid_size, ask_size
+      FROM daily_bars
+     WHERE symbol = $1 AND day >= $6 AND day < $7
+"""
+
+_FROM_ROWS = _BUCKETS.format(parts=_ROWS.format(start="$2", end="$3"))
+
+# $6 to $7 are the whole days in the range.
+_FROM_DAYS = _BUCKETS.format(
+    parts=" UNION ALL ".join(
+        [_ROWS.format(start="$2", end="$6"), _DAYS, _ROWS.format(start="$7", end="$3")]
+    )
+)
 
 # The same with a layout of one width, for COPY: NaN and -1 stand for null.
 _FIXED = """
@@ -332,6 +376,18 @@ class BarRange(NamedTuple):
     end: datetime
     interval: timedelta | None
 
+    @property
+    def daily(self) -> bool:
+        """Whether these are bars of whole days, which the daily aggregate serves."""
+        return self.interval is not None and not self.interval % DAY
+
+    @property
+    def whole_days(self) -> tuple[datetime, datetime]:
+        """The whole days in the range: the first, and the one after the last."""
+        start, end = self.start - EPOCH, self.end - EPOCH
+        first = min(-(-start // DAY) * DAY, end)
+        return EPOCH + first, EPOCH + max(end // DAY * DAY, first)
+
 
 async def bars(conn: Connection, wanted: BarRange, limit: int) -> list[pb.Bar]:
     """Return the first bars of a range, in order of time."""
@@ -358,7 +414,9 @@ def _bar_query(wanted: BarRange, limit: int) -> tuple[Any, ...]:
     bounds = (wanted.symbol, wanted.start, wanted.end, limit)
     if wanted.interval is None:
         return _STORED, *bounds
-    return _BUCKETS, *bounds, wanted.interval
+    if wanted.daily:
+        return _FROM_DAYS, *bounds, wanted.interval, *wanted.whole_days
+    return _FROM_ROWS, *bounds, wanted.interval
 
 
 def _bar(symbol: str, row: Any) -> pb.Bar:
@@ -368,19 +426,193 @@ def _bar(symbol: str, row: Any) -> pb.Bar:
     return bar
 
 
-async def first_time_from(
-    conn: Connection, symbol: str, start: datetime
-) -> datetime | None:
-    """Return the time of a symbol's first row at or after `start`."""
+async def first_time(conn: Connection, wanted: BarRange) -> datetime | None:
+    """Return the time of the first row in a range."""
     time: datetime | None = await conn.fetchval(
         """
-        SELECT time FROM market_data WHERE symbol = $1 AND time >= $2
+        SELECT time FROM market_data WHERE symbol = $1 AND time >= $2 AND time < $3
          ORDER BY time LIMIT 1
         """,
-        symbol,
-        start,
+        wanted.symbol,
+        wanted.start,
+        wanted.end,
     )
     return time
+
+
+async def has_data(conn: Connection, symbol: str) -> bool:
+    """Tell whether a symbol has rows, or daily bars of rows that are gone."""
+    found: bool = await conn.fetchval(
+        """
+        SELECT EXISTS (SELECT FROM market_data WHERE symbol = $1)
+            OR EXISTS (SELECT FROM daily_bars WHERE symbol = $1)
+        """,
+        symbol,
+    )
+    return found
+
+
+# --- Days ---------------------------------------------------------------------------
+
+
+class PendingDay(NamedTuple):
+    """A day's mark: its rows have changed since it was aggregated."""
+
+    symbol: str
+    day: datetime
+    version: int  # of the mark; every marking makes another
+
+
+async def mark_days(conn: Connection, days: Iterable[SymbolDay]) -> None:
+    """Mark days whose rows this transaction has changed; comes last in it.
+
+    All writers mark in one order, so none can wait for another that waits for it.
+    """
+    ordered = sorted(days)
+    await conn.execute(
+        """
+        INSERT INTO pending_days (symbol, day)
+        SELECT * FROM unnest($1::text[], $2::timestamptz[])
+        ON CONFLICT (symbol, day) DO UPDATE SET version = excluded.version
+        """,
+        [symbol for symbol, _ in ordered],
+        [EPOCH + day * DAY for _, day in ordered],
+    )
+
+
+async def pending_day_count(conn: Connection) -> int:
+    count: int = await conn.fetchval("SELECT count(*) FROM pending_days")
+    return count
+
+
+async def overdue_day_count(conn: Connection) -> int:
+    """Return how many of the pending days have been over for a day."""
+    count: int = await conn.fetchval(
+        "SELECT count(*) FROM pending_days WHERE day <= now() - INTERVAL '49 hours'"
+    )
+    return count
+
+
+# Days are over for good when rows that were under way at midnight are committed.
+_OVER = "day <= now() - INTERVAL '25 hours'"
+
+
+async def pending_by_symbol(
+    conn: Connection, since: datetime, after: tuple[str, datetime], limit: int
+) -> list[PendingDay]:
+    """Return the next marks of days that are over, in order of symbol and day."""
+    rows = await conn.fetch(
+        f"""
+        SELECT symbol, day, version FROM pending_days
+         WHERE {_OVER} AND day >= $1 AND (symbol, day) > ($2, $3)
+         ORDER BY symbol, day LIMIT $4
+        """,
+        since,
+        *after,
+        limit,
+    )
+    return [PendingDay(*row) for row in rows]
+
+
+async def pending_by_day(
+    conn: Connection, since: datetime, days: int
+) -> list[PendingDay]:
+    """Return all marks of the first days that are over, in order of day."""
+    rows = await conn.fetch(
+        f"""
+        SELECT symbol, day, version FROM pending_days
+         WHERE day IN (SELECT DISTINCT day FROM pending_days
+                        WHERE {_OVER} AND day >= $1 ORDER BY day LIMIT $2)
+         ORDER BY day
+        """,
+        since,
+        days,
+    )
+    return [PendingDay(*row) for row in rows]
+
+
+async def pending_without_rows(
+    conn: Connection, before: datetime, limit: int
+) -> list[PendingDay]:
+    """Return marks of days before a time that have no rows."""
+    rows = await conn.fetch(
+        """
+        SELECT symbol, day, version FROM pending_days AS p
+         WHERE day < $1
+           AND NOT EXISTS (SELECT FROM market_data AS m
+                            WHERE m.symbol = p.symbol AND m.time >= p.day
+                              AND m.time < p.day + INTERVAL '24 hours')
+         LIMIT $2
+        """,
+        before,
+        limit,
+    )
+    return [PendingDay(*row) for row in rows]
+
+
+async def unmark_days(conn: Connection, marks: Sequence[PendingDay]) -> None:
+    """Remove the marks that no writer has made again, or is about to.
+
+    A writer holds its marks until it commits: they are passed over, not waited for.
+    """
+    await conn.execute(
+        """
+        WITH unchanged AS (
+            SELECT symbol, day FROM pending_days AS p
+             WHERE (symbol, day, version) IN
+                   (SELECT * FROM unnest($1::text[], $2::timestamptz[], $3::bigint[]))
+               FOR UPDATE OF p SKIP LOCKED
+        )
+        DELETE FROM pending_days AS p USING unchanged AS u
+         WHERE p.symbol = u.symbol AND p.day = u.day
+        """,
+        [mark.symbol for mark in marks],
+        [mark.day for mark in marks],
+        [mark.version for mark in marks],
+    )
+
+
+async def aggregate_days(
+    conn: Connection, symbol: str, days: Sequence[datetime]
+) -> None:
+    """Replace aggregates by what the rows give now, of those days that are marked.
+
+    Another run may have aggregated and unmarked some since the caller looked.
+    """
+    await conn.execute(
+        """
+        DELETE FROM aggregated_days AS a USING pending_days AS p
+         WHERE a.symbol = $1 AND a.day = ANY($2)
+           AND p.symbol = a.symbol AND p.day = a.day
+        """,
+        symbol,
+        days,
+    )
+    await conn.execute(
+        """
+        INSERT INTO aggregated_days
+        SELECT b.* FROM daily_bars AS b, pending_days AS p
+         WHERE b.symbol = $1 AND b.day = ANY($2)
+           AND p.symbol = b.symbol AND p.day = b.day
+        """,
+        symbol,
+        days,
+    )
+
+
+async def refresh_days(conn: Connection, first: datetime, end: datetime) -> None:
+    """Bring the continuous aggregate of days in [first, end) up to date.
+
+    Not within a transaction: it makes its own.
+    """
+    await conn.execute(
+        """
+        CALL refresh_continuous_aggregate(
+            'market_data_daily', $1::timestamptz, $2::timestamptz)
+        """,
+        first,
+        end,
+    )
 
 
 # --- Symbols ------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from math import inf
+from time import time
 from typing import NamedTuple
 
 from asyncpg import UniqueViolationError
@@ -22,7 +23,7 @@ from quantplane_server import db as databases
 from quantplane_server.bus import SHARDS, START, Bus, Entry, Mark, Position
 from quantplane_server.db import Connection, Database
 from quantplane_server.market_data import queries
-from quantplane_server.market_data.queries import Move
+from quantplane_server.market_data.queries import Encoded, Move, SymbolDay
 from quantplane_server.tasks import end
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ UPSERTS = 64  # commits that don't try COPY, after one that met existing rows
 RETRY_S = 0.5
 TAKE_OVER_S = 2.0  # between attempts to get shards that others record
 MARKS = 64  # trims per replay window
+KNOWN_DAYS = 100_000  # marked days remembered at most
 
 
 class _TakenOver(Exception):
@@ -63,7 +65,7 @@ class _Shard:
 class _Batch(NamedTuple):
     """What one commit stores."""
 
-    rows: bytes  # encoded
+    quotes: Encoded
     reach: list[tuple[_Shard, Entry, Entry]]  # its first and last entry by shard
 
 
@@ -77,6 +79,7 @@ class Recorder:
         self._shards: dict[int, _Shard] = {}
         self._collected_bytes = 0
         self._upserts = 0
+        self._marked: set[SymbolDay] = set()
         self._filled = asyncio.Event()
         self._room = asyncio.Event()
 
@@ -97,6 +100,7 @@ class Recorder:
     async def _record(self, conn: Connection) -> None:
         """Record with one connection, whose advisory locks are the claim."""
         self._shards = {}
+        self._marked.clear()  # this may be another database, restored or failed over
         await queries.prepare_recorder(conn)
         while True:
             await self._claim(conn)
@@ -188,8 +192,8 @@ class Recorder:
             part for _, es in work for entry in es for part in entry.parts.values()
         )
         quotes = pb.StreamQuotesResponse.FromString(payload).quotes
-        rows = await queries.encode_quotes(quotes)
-        return _Batch(rows, [(shard, es[0], es[-1]) for shard, es in work])
+        encoded = await queries.encode_quotes(quotes)
+        return _Batch(encoded, [(shard, es[0], es[-1]) for shard, es in work])
 
     async def _commit(self, conn: Connection, batch: _Batch) -> None:
         for shard, first, _ in batch.reach:
@@ -213,9 +217,22 @@ class Recorder:
             Move(s.number, s.position, last.position) for s, _, last in batch.reach
         ]
         async with conn.transaction():
-            await store(conn, batch.rows)
+            await store(conn, batch.quotes.rows)
             if not await queries.move_bus_positions(conn, moves):
                 raise _TakenOver
+            if days := self._unmarked(batch.quotes.days):
+                await queries.mark_days(conn, days)
+        if len(self._marked) + len(days) > KNOWN_DAYS:
+            self._marked.clear()
+        self._marked |= days
+
+    def _unmarked(self, days: set[SymbolDay]) -> set[SymbolDay]:
+        """Return the days that may have no mark.
+
+        Marks of today and later stay: only days that are over are aggregated.
+        """
+        today = int(time() // 86_400)
+        return {day for day in days if day[1] < today or day not in self._marked}
 
     async def _woken(self, at_most_s: float) -> None:
         timeout_s = None if at_most_s == inf else at_most_s

@@ -9,11 +9,10 @@ from typing import Any
 from quantplane import v1 as pb
 from quantplane.v1 import market_data_pb2_grpc as rpc
 from quantplane_server.bus import Bus
-from quantplane_server.checks import to_datetime
+from quantplane_server.checks import check_order, to_datetime
 from quantplane_server.db import Connection, Database
 from quantplane_server.errors import (
     InvalidResumeToken,
-    OutOfOrder,
     QuantplaneError,
     UnknownSymbol,
 )
@@ -22,10 +21,17 @@ from quantplane_server.market_data import checks, queries
 from quantplane_server.market_data.columns import bar_columns
 from quantplane_server.market_data.durability import Durability
 from quantplane_server.market_data.feed import Feed
-from quantplane_server.market_data.history import FIRST, bar_range, read_page
+from quantplane_server.market_data.history import (
+    FIRST,
+    LAST,
+    bar_range,
+    bound,
+    read_page,
+)
+from quantplane_server.market_data.queries import BarRange
 from quantplane_server.market_data.subscription import Request, Subscription
 from quantplane_server.rpc.interceptor import Context
-from quantplane_server.streams import Streams
+from quantplane_server.streams import Batches, Streams
 from quantplane_server.tasks import end
 from quantplane_server.tokens import Tokens, purpose
 
@@ -97,10 +103,15 @@ class MarketDataService(rpc.MarketDataServiceServicer):
         symbols = list(dict.fromkeys(request.symbols))
         _, records = await self._bus.snapshot(symbol.encode() for symbol in symbols)
         live = pb.GetLatestQuotesResponse.FromString(b"".join(records.values())).quotes
-        found = {quote.symbol: quote for quote in live}
+        as_of = bound(request, "as_of", LAST)
+        found = {
+            quote.symbol: quote
+            for quote in live
+            if quote.time.ToDatetime(tzinfo=UTC) <= as_of
+        }
         if missing := [symbol for symbol in symbols if symbol not in found]:
             async with self._db.connection() as conn:
-                recorded = await queries.latest_quotes(conn, missing)
+                recorded = await queries.latest_quotes(conn, missing, as_of)
             found.update((quote.symbol, quote) for quote in recorded)
         return pb.GetLatestQuotesResponse(
             quotes=[found[symbol] for symbol in symbols if symbol in found],
@@ -113,18 +124,15 @@ class MarketDataService(rpc.MarketDataServiceServicer):
         self, requests: AsyncIterator[pb.PublishBarsRequest], context: Context
     ) -> AsyncIterator[pb.PublishBarsResponse]:
         expected = 1
-        async for request in requests:
-            if request.batch != expected:
-                raise OutOfOrder(
-                    f"batch {request.batch} came where {expected} was due; "
-                    "number batches 1, 2, 3, ... in each stream",
-                    expected=expected,
-                )
-            checks.check_bars(request.bars, request.batch)
-            async with self._db.transaction() as conn:
-                await queries.store_bars(conn, request.bars)
-            yield pb.PublishBarsResponse(durable_through=request.batch)
-            expected += 1
+        batches = Batches(requests)
+        with self._streams.held(batches):
+            async for request in batches:
+                check_order(request.batch, expected)
+                checks.check_bars(request.bars, request.batch)
+                async with self._db.transaction() as conn:
+                    await queries.store_bars(conn, request.bars)
+                yield pb.PublishBarsResponse(durable_through=request.batch)
+                expected += 1
 
     async def ListBars(
         self, request: pb.ListBarsRequest, context: Context
@@ -139,8 +147,8 @@ class MarketDataService(rpc.MarketDataServiceServicer):
             limit = request.page_size or PAGE
             page = await read_page(conn, queries.bars, wanted, limit)
             if not page.rows and not request.page_token:
-                await _require_rows(conn, request.symbol)
-        response = pb.ListBarsResponse(bars=page.rows)
+                await _require_data(conn, request.symbol)
+        response = pb.ListBarsResponse(bars=page.rows, source=_source(wanted))
         if page.next_start:
             token = _START.pack(_us(page.next_start))
             response.next_page_token = self._tokens.page_token(query, token)
@@ -162,7 +170,7 @@ class MarketDataService(rpc.MarketDataServiceServicer):
         else:
             async with self._db.connection() as conn:
                 for symbol in symbols:
-                    await _require_rows(conn, symbol)
+                    await _require_data(conn, symbol)
         states = [pb.KeyStatus(key=s, state=pb.KEY_STATE_ACTIVE) for s in symbols]
         yield _bars_event(subscribed=pb.Subscribed(keys=states))
         for at, symbol in enumerate(symbols[index:], index):
@@ -177,7 +185,8 @@ class MarketDataService(rpc.MarketDataServiceServicer):
                 place = (at, _us(start)) if start else (at + 1, _us(FIRST))
                 token = self._tokens.seal(query, _PLACE.pack(*place))
                 if len(page.rows):
-                    rest = pb.StreamBarsResponse(resume_token=token)
+                    source = _source(wanted)
+                    rest = pb.StreamBarsResponse(resume_token=token, source=source)
                     columns = framed(bar_columns(symbol, page.rows))
                     yield columns + rest.SerializeToString()
                 if not start:
@@ -212,9 +221,13 @@ async def _steer(
         subscription.fail(error)
 
 
-async def _require_rows(conn: Connection, symbol: str) -> None:
-    if await queries.first_time_from(conn, symbol, FIRST) is None:
+async def _require_data(conn: Connection, symbol: str) -> None:
+    if not await queries.has_data(conn, symbol):
         raise UnknownSymbol(symbol, "ListSymbols lists what has data")
+
+
+def _source(wanted: BarRange) -> pb.BarSource.ValueType:
+    return pb.BAR_SOURCE_DAILY if wanted.daily else pb.BAR_SOURCE_ROWS
 
 
 def _bars_event(**event: Any) -> bytes:

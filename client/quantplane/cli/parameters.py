@@ -1,0 +1,121 @@
+"""What the command line says: the parameters that commands share, and their values."""
+
+import re
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+INTERVALS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        envvar="QUANTPLANE_TARGET",
+        metavar="HOST:PORT",
+        help="The server.",
+        show_default="127.0.0.1:50051",
+    ),
+]
+FileArgument = Annotated[
+    Path, typer.Argument(help="A CSV (also .csv.gz) or Parquet file.")
+]
+SymbolOption = Annotated[str, typer.Option("--symbol", help="What the rows are of.")]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        metavar="FIELD=COLUMN,...",
+        help="Which column is which field, by its name or (time=0,bid=1) by its number "
+        "from 0; with numbers alone, a CSV file has no header line.",
+        show_default="the columns named as the fields",
+    ),
+]
+TimeFormatOption = Annotated[
+    str,
+    typer.Option(
+        "--time-format",
+        metavar="FORMAT",
+        help="iso; s, ms, us or ns since 1970; or as of strptime: '%Y%m%d %H%M%S%f'.",
+    ),
+]
+ZoneOption = Annotated[
+    str,
+    typer.Option(
+        "--tz",
+        metavar="ZONE",
+        help="Of times that carry none: America/New_York, -05:00, ...",
+    ),
+]
+DelimiterOption = Annotated[
+    str, typer.Option("--delimiter", help="One character, or tab.")
+]
+StartOption = Annotated[
+    str | None,
+    typer.Option("--start", metavar="TIME", help="ISO; UTC unless it says else."),
+]
+UnderlyingArgument = Annotated[str, typer.Argument(help="Whose options.")]
+AsOfOption = Annotated[
+    str | None,
+    typer.Option(
+        "--as-of",
+        metavar="TIME",
+        help="ISO; UTC unless it says else.",
+        show_default="the latest",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="A JSON object a line.")]
+
+
+def time_of(text: str | None, option: str) -> "Timestamp | None":
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    from quantplane.files import parse_time
+
+    if text is None:
+        return None
+    time = Timestamp()
+    try:
+        time.FromNanoseconds(parse_time(text))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not an ISO time like 2024-01-31T14:30", param_hint=option
+        ) from None
+    return time
+
+
+def interval_s(text: str) -> int:
+    match = re.fullmatch("([0-9]{1,9})([smhdw])", text)
+    if not match:
+        raise typer.BadParameter(
+            f"{text!r} is not a length like 30s, 5m, 1h or 1d", param_hint="--interval"
+        )
+    return int(match[1]) * INTERVALS_S[match[2]]
+
+
+def date_of(text: str | None, option: str) -> str:
+    """Return YYYY-MM-DD, or "" for None."""
+    try:
+        return "" if text is None else date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a date like 2024-01-31", param_hint=option
+        ) from None
+
+
+def bounds_of(text: str | None, option: str) -> tuple[float | None, float | None]:
+    """Return the bounds of MIN:MAX, either of which may be left out."""
+    if text is None:
+        return None, None
+    try:
+        low, high = (float(bound) if bound else None for bound in text.split(":"))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a range like 200:300, 200: or :300", param_hint=option
+        ) from None
+    return low, high

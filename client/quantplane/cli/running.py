@@ -1,0 +1,95 @@
+"""How every command runs: with a server that answers, and errors in words."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    import grpc
+
+    from quantplane.client import Client
+
+FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130  # exit codes
+PROBE_S = 5.0
+
+
+def run(target: str | None, work: Callable[["Client"], Awaitable[None]]) -> None:
+    """Do `work` with a server that answers; end the process if that fails."""
+    from quantplane.client import Client
+
+    async def connected() -> None:
+        async with Client(target) as client:
+            await _reach(client)
+            await work(client)
+
+    with in_words(target):
+        asyncio.run(connected())
+        sys.stdout.flush()
+
+
+async def _reach(client: "Client") -> None:
+    """Raise if no server answers, for a stream would wait for it for ever."""
+    import grpc
+
+    from quantplane import v1 as pb
+
+    probe = pb.ListSymbolsRequest(page_size=1)
+    try:
+        await client.market_data.ListSymbols(
+            probe, timeout=PROBE_S, wait_for_ready=False
+        )
+    except grpc.aio.AioRpcError as error:
+        if _is_away(error):
+            raise
+
+
+def _is_away(error: "grpc.aio.AioRpcError") -> bool:
+    """Tell an error without a server behind it."""
+    import grpc
+
+    from quantplane.errors import reason_of
+
+    away = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    return error.code() in away and not reason_of(error)
+
+
+@contextmanager
+def in_words(target: str | None) -> Iterator[None]:
+    """Turn what people may meet into one sentence and an exit code."""
+    import grpc
+
+    from quantplane.client import TARGET
+    from quantplane.errors import describe
+    from quantplane.files import FileProblem
+
+    try:
+        yield
+    except FileProblem as problem:
+        fail(str(problem), UNUSABLE)
+    except grpc.aio.AioRpcError as error:
+        if _is_away(error):
+            fail(
+                f"no server answers at {target or TARGET}; "
+                "start one with `quantplane-server up`, or set --target"
+            )
+        fail(describe(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader has what it wants. Python must not flush into the pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit from None
+
+
+def fail(sentence: str, code: int = FAILED) -> NoReturn:
+    say(f"quantplane: {sentence}")
+    raise typer.Exit(code)
+
+
+def say(line: str) -> None:
+    typer.echo(line, err=True)
