@@ -147,10 +147,14 @@ def restore(
     no_owner: Annotated[
         bool, typer.Option("--no-owner", help="Leave out owners and privileges.")
     ] = False,
+    upgrade: Annotated[
+        bool, typer.Option("--upgrade", help="PostgreSQL may be of a newer major.")
+    ] = False,
     data_dir: DataDir = None,
 ) -> None:
     """Restore a backup into empty databases, and compare all of it."""
-    manifest = _run(_restore(_settings(data_dir=data_dir), file, not no_owner))
+    terms = backups.Terms(owners=not no_owner, upgrade=upgrade)
+    manifest = _run(_restore(_settings(data_dir=data_dir), file, terms))
     for line in manifest.lines():
         print(line)
     print(f"restored and found equal: {manifest.summary()}")
@@ -256,10 +260,12 @@ async def _backup(
             return await backups.backup(dsns, file, tables, progress)
 
 
-async def _restore(settings: Settings, file: Path, owners: bool) -> backups.Manifest:
+async def _restore(
+    settings: Settings, file: Path, terms: backups.Terms
+) -> backups.Manifest:
     async with _databases(settings, new=True) as dsns:
         with backups.Progress() as progress:
-            return await backups.restore(dsns, file, owners, progress)
+            return await backups.restore(dsns, file, terms, progress)
 
 
 @asynccontextmanager

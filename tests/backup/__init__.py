@@ -219,12 +219,10 @@ async def backup(dsn: str | Mapping[str, str], path: Path, *tables: str) -> Path
     return path
 
 
-async def restore(
-    path: Path, dsn: str | Mapping[str, str], owners: bool = True
-) -> None:
+async def restore(path: Path, dsn: str | Mapping[str, str], **terms: bool) -> None:
     dsns = {"timeseries": dsn} if isinstance(dsn, str) else dsn
     with backups.Progress() as progress:
-        await backups.restore(dsns, path, owners, progress)
+        await backups.restore(dsns, path, backups.Terms(**terms), progress)
 
 
 async def run(*args: str | Path, **environment: str) -> tuple[int | None, str, str]:

@@ -62,6 +62,14 @@ def source(request: pytest.FixtureRequest, edition: str) -> Source:
     return found
 
 
+@pytest.fixture(scope="session")
+def untouched(postgres_dsn: str) -> Iterator[str]:
+    """An empty database, for tests that leave it so."""
+    dsn = asyncio.run(fresh_database(postgres_dsn))
+    yield dsn
+    asyncio.run(drop_database(dsn))
+
+
 @pytest.fixture
 async def empty(edition: str) -> AsyncIterator[str]:
     """An empty database on the source's server."""

@@ -45,13 +45,13 @@ def part(change: Change) -> Change:
 
 
 async def test_a_file_that_is_cut_short_is_refused(
-    source: Source, empty: str, tmp_path: Path
+    source: Source, untouched: str, tmp_path: Path
 ):
     whole = source.file.read_bytes()
     cut = tmp_path / "cut"
     for size in (len(whole) - 1, len(whole) - 30, len(whole) // 2, 100, 4):
         cut.write_bytes(whole[:size])
-        await refused(cut, empty, "is cut short")
+        await refused(cut, untouched, "is cut short")
 
 
 async def test_a_flipped_bit_is_told_or_changes_nothing(source: Source, tmp_path: Path):
@@ -85,22 +85,24 @@ async def test_a_flipped_bit_is_told_or_changes_nothing(source: Source, tmp_path
     await refused(flipped, source.dsn, "is damaged: Bad CRC-32")
 
 
-async def test_other_files_are_no_backups(source: Source, empty: str, tmp_path: Path):
+async def test_other_files_are_no_backups(
+    source: Source, untouched: str, tmp_path: Path
+):
     text, foreign, dump = tmp_path / "text", tmp_path / "foreign", tmp_path / "dump"
     text.write_text("time,symbol,close\n" * 100)
     with ZipFile(foreign, "w") as zip:
         zip.writestr("readme.txt", "a ZIP")
     with ZipFile(source.file) as zip:
         dump.write_bytes(zip.read("timeseries.dump"))
-    await refused(text, empty, "is no backup by quantplane")
-    await refused(foreign, empty, "is no backup by quantplane")
-    await refused(dump, empty, "is a dump by pg_dump")
-    await refused(tmp_path / "nothing", empty, "can't be read: No such file")
-    await refused(tmp_path, empty, "can't be read: Is a directory")
+    await refused(text, untouched, "is no backup by quantplane")
+    await refused(foreign, untouched, "is no backup by quantplane")
+    await refused(dump, untouched, "is a dump by pg_dump")
+    await refused(tmp_path / "nothing", untouched, "can't be read: No such file")
+    await refused(tmp_path, untouched, "can't be read: Is a directory")
 
 
 async def test_a_manifest_must_be_one_and_name_the_members(
-    source: Source, empty: str, tmp_path: Path
+    source: Source, untouched: str, tmp_path: Path
 ):
     file = tmp_path / "file"
     for manifest in (b"", b"[1]", b"{}", b'{"format": 1}', b'{"format": "x"}'):
@@ -109,47 +111,44 @@ async def test_a_manifest_must_be_one_and_name_the_members(
             file,
             lambda name, data, manifest=manifest: manifest if "json" in name else data,
         )
-        await refused(file, empty, "is no backup by quantplane")
+        await refused(file, untouched, "is no backup by quantplane")
     rewritten(source.file, file, lambda name, data: data if "json" in name else None)
-    await refused(file, empty, "has not what its manifest says")
+    await refused(file, untouched, "has not what its manifest says")
 
 
-async def test_a_newer_format_is_refused(source: Source, empty: str, tmp_path: Path):
+async def test_a_newer_format_is_refused(
+    source: Source, untouched: str, tmp_path: Path
+):
     file = with_manifest(source.file, tmp_path / "file", lambda m: m.update(format=2))
-    await refused(file, empty, "has format 2, this server reads 1")
+    await refused(file, untouched, "has format 2, this server reads 1")
 
 
-async def test_a_newer_schema_is_refused(source: Source, empty: str, tmp_path: Path):
+async def test_a_newer_schema_is_refused(
+    source: Source, untouched: str, tmp_path: Path
+):
     change = part(lambda p: p["revisions"].update(timeseries="9999"))
     file = with_manifest(source.file, tmp_path / "file", change)
-    await refused(file, empty, "schema is at 9999, which this server does not know")
+    await refused(file, untouched, "schema is at 9999, which this server does not know")
 
 
 # --- The target ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("create", "found"),
-    [
-        ("CREATE TABLE mine (n int)", "table public.mine"),
-        ("CREATE TABLE mine (n int) PARTITION BY RANGE (n)", "table public.mine"),
-        ("CREATE VIEW mine AS SELECT 1 AS n", "view public.mine"),
-        ("CREATE SEQUENCE mine", "sequence public.mine"),
-        ("CREATE TYPE mine AS ENUM ('a')", "type public.mine"),
-        (
-            "CREATE FUNCTION mine() RETURNS int LANGUAGE sql RETURN 1",
-            r"function public.mine\(\)",
-        ),
-        ("CREATE SCHEMA mine", "schema mine"),
-    ],
-    ids=["table", "partitioned", "view", "sequence", "type", "function", "schema"],
-)
-async def test_a_database_that_is_not_empty_is_refused(
-    source: Source, empty: str, create: str, found: str
-):
-    async with connected(empty) as connection:
-        await connection.execute(create)
-    await refused(source.file, empty, f"is not empty: it has the {found}")
+async def test_a_database_that_is_not_empty_is_refused(source: Source, empty: str):
+    for kind, definition, told in (
+        ("TABLE", "(n int)", "table public.mine"),
+        ("TABLE", "(n int) PARTITION BY RANGE (n)", "table public.mine"),
+        ("VIEW", "AS SELECT 1 AS n", "view public.mine"),
+        ("SEQUENCE", "", "sequence public.mine"),
+        ("TYPE", "AS ENUM ('a')", "type public.mine"),
+        ("FUNCTION", "() RETURNS int RETURN 1", r"function public.mine\(\)"),
+        ("SCHEMA", "", "schema mine"),
+    ):
+        async with connected(empty) as connection:
+            await connection.execute(f"CREATE {kind} mine {definition}")
+        await refused(source.file, empty, f"is not empty: it has the {told}")
+        async with connected(empty) as connection:
+            await connection.execute(f"DROP {kind} mine")
 
 
 @both_editions
@@ -157,17 +156,23 @@ async def test_the_database_that_was_backed_up_is_refused(dsn: str, tmp_path: Pa
     await refused(await backup(dsn, tmp_path / "file"), dsn, "is not empty")
 
 
-async def test_an_older_postgresql_is_refused(
+@pytest.mark.parametrize("newer", [1, -1], ids=["older", "newer"])
+async def test_another_major_version_of_postgresql_is_refused(
+    source: Source, untouched: str, tmp_path: Path, newer: int
+):
+    change = part(lambda p: p.update(server_major=p["server_major"] + newer))
+    file = with_manifest(source.file, tmp_path / "file", change)
+    await refused(
+        file, untouched, r"is of PostgreSQL \d+ and the target is PostgreSQL \d+"
+    )
+
+
+async def test_a_newer_postgresql_is_taken_where_that_is_wanted(
     source: Source, empty: str, tmp_path: Path
 ):
-    change = part(lambda p: p.update(server_major=p["server_major"] + 1))
-    file = with_manifest(source.file, tmp_path / "file", change)
-    await refused(file, empty, r"is of PostgreSQL \d+ and the target is PostgreSQL \d+")
-
-
-async def test_a_newer_postgresql_is_taken(source: Source, empty: str, tmp_path: Path):
     change = part(lambda p: p.update(server_major=p["server_major"] - 1))
-    await restore(with_manifest(source.file, tmp_path / "file", change), empty)
+    file = with_manifest(source.file, tmp_path / "file", change)
+    await restore(file, empty, upgrade=True)
 
 
 @pytest.mark.parametrize("edition", ["timescale"], indirect=True)
@@ -229,7 +234,7 @@ async def test_two_databases_are_needed_for_two(
     async with database(postgres_dsn, migrated=False) as other:
         both = {"timeseries": empty, "reference": other}
         with pytest.raises(
-            BackupError, match="is of one database, and the settings name two"
+            BackupError, match="one database, and the settings name two"
         ):
             await restore(source.file, both)
         file = tmp_path / "file"

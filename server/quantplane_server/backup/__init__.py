@@ -9,5 +9,6 @@ from .manifest import Manifest
 from .progress import Progress
 from .restore import restore
 from .source import backup
+from .target import Terms
 
-__all__ = ["BackupError", "Manifest", "Progress", "backup", "restore"]
+__all__ = ["BackupError", "Manifest", "Progress", "Terms", "backup", "restore"]

@@ -68,14 +68,17 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        whole = False
         try:
             if kind is None:
                 with self._explained():
                     self._finish()
+                whole = True
         finally:
             with suppress(OSError):  # the disk may be full
                 self._open.close()
-            self._partial.unlink(missing_ok=True)
+            if not whole:
+                self._partial.unlink(missing_ok=True)
 
     @contextmanager
     def member(self, name: str) -> Iterator[Callable[[bytes], None]]:

@@ -12,18 +12,18 @@ from .errors import BackupError
 from .manifest import Manifest, Part, dump_of
 from .progress import Progress
 from .session import explained, libpq, session
+from .target import Terms
 
 SHOWN = 5  # differences
 
 
 async def restore(
-    dsns: Mapping[str, str], path: Path, owners: bool, progress: Progress
+    dsns: Mapping[str, str], path: Path, terms: Terms, progress: Progress
 ) -> Manifest:
     """Restore a backup into empty databases, or some tables into empty tables.
 
     Raises BackupError, and changes nothing then: what does not fit is refused before
     anything is touched, and whatever fails later leaves the databases empty again.
-    Without `owners`, everything belongs to who restores, and privileges are left out.
     """
     with Archive(path) as archive:
         manifest = archive.manifest
@@ -33,7 +33,7 @@ async def restore(
         await archive.check(progress.bytes)
         with explained("the target"):
             if manifest.whole:
-                await _restore(archive, dsns, owners, progress)
+                await _restore(archive, dsns, terms, progress)
             else:
                 await subset.load(archive, dsns, progress)
     return manifest
@@ -65,7 +65,7 @@ def _check_revisions(manifest: Manifest) -> None:
 
 
 async def _restore(
-    archive: Archive, dsns: Mapping[str, str], owners: bool, progress: Progress
+    archive: Archive, dsns: Mapping[str, str], terms: Terms, progress: Progress
 ) -> None:
     parts = archive.manifest.databases
     async with AsyncExitStack() as stack:
@@ -75,14 +75,14 @@ async def _restore(
         }
         programs = {}
         for name, part in parts.items():
-            await target.check(locks[name], dsns[name], part, owners)
+            await target.check(locks[name], dsns[name], part, terms)
             major = locks[name].get_server_version().major
             programs[name] = tools.find(major, part.tools_major)
         try:
             for name, part in parts.items():
                 await target.begin(locks[name], dsns[name], part.timescaledb)
                 with libpq(dsns[name]) as uri:
-                    await _load(archive, name, uri, programs[name], owners, progress)
+                    await _load(archive, name, uri, programs[name], terms, progress)
                 await _verify(name, dsns[name], part, progress)
             for name, part in parts.items():
                 await target.finish(dsns[name], part.timescaledb)
@@ -98,12 +98,12 @@ async def _load(
     name: str,
     uri: str,
     programs: tools.Tools,
-    owners: bool,
+    terms: Terms,
     progress: Progress,
 ) -> None:
     progress.step(f"restoring {name}")
     options = ["--exit-on-error", f"--dbname={uri}"]
-    if not owners:
+    if not terms.owners:
         options += ["--no-owner", "--no-privileges"]
     async with tools.running(programs.folder / "pg_restore", *options) as run:
         assert run.stdin

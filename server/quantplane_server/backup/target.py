@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 import asyncpg
 
@@ -90,19 +91,29 @@ async def refuse_unfinished(connection: Connection) -> None:
         raise BackupError(str(RestoreUnfinished()))
 
 
-async def check(connection: Connection, dsn: str, part: Part, owners: bool) -> None:
+class Terms(NamedTuple):
+    """What is asked of a restore beside the rows."""
+
+    owners: bool = True  # else all belongs to who restores, without privileges
+    upgrade: bool = False  # the target may be of a newer major version of PostgreSQL
+
+
+async def check(connection: Connection, dsn: str, part: Part, terms: Terms) -> None:
     """Raise BackupError unless a part can be restored into this database."""
     if await _mark(connection) is None:
         await _check_empty(connection)
     major = connection.get_server_version().major
-    if major < part.server_major:
+    newer = major > part.server_major
+    if major != part.server_major and not (newer and terms.upgrade):
         raise BackupError(
             f"the backup is of PostgreSQL {part.server_major} and the target is"
             f" PostgreSQL {major}",
-            f"restore it into PostgreSQL {part.server_major} or newer",
+            "give --upgrade to go on with the newer version"
+            if newer
+            else f"restore it into PostgreSQL {part.server_major}",
         )
     await _check_timescaledb(connection, dsn, part)
-    await _check_roles(connection, part.roles if owners else part.job_owners)
+    await _check_roles(connection, part.roles if terms.owners else part.job_owners)
 
 
 async def _check_empty(connection: Connection) -> None:

@@ -113,7 +113,7 @@ class Postgres(Service):
             raise EmbeddedError(
                 f"the data folder {self.data_dir} was made by PostgreSQL {theirs} and"
                 f" this is {told.strip() or 'unknown'}: restore a backup into"
-                " another folder, chosen with --data-dir"
+                " another folder, chosen with --data-dir, with --upgrade"
             )
 
     async def _answers(self) -> bool:
