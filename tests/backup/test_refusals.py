@@ -29,11 +29,11 @@ from tests.postgres import database
 Change = Callable[[Any], None]
 
 
-async def refused(file: Path, dsn: str, why: str) -> None:
+async def refused(file: Path, dsn: str, why: str, **terms: bool) -> None:
     """Restoring must fail, and leave the empty database as it is."""
     before = await leftovers(dsn)
     with pytest.raises(BackupError, match=why):
-        await restore(file, dsn)
+        await restore(file, dsn, **terms)
     assert await leftovers(dsn) == before
 
 
@@ -180,7 +180,8 @@ async def test_a_server_without_timescaledb_is_refused(
     source: Source, postgres_dsn: str
 ):
     async with database(postgres_dsn, migrated=False) as plain:
-        await refused(source.file, plain, "which the target's server does not have")
+        why = "which the target's server does not have"
+        await refused(source.file, plain, why, upgrade=True)
 
 
 @pytest.mark.parametrize("edition", ["timescale"], indirect=True)
@@ -216,7 +217,8 @@ async def test_a_plain_database_is_not_restored_over_the_extension(
     # It is of a newer PostgreSQL, which is another reason.
     change = part(lambda p: p.update(server_major=15))
     file = with_manifest(postgres_source.file, tmp_path / "file", change)
-    await refused(file, empty, "a database without TimescaleDB, and the target")
+    why = "a database without TimescaleDB, and the target"
+    await refused(file, empty, why, upgrade=True)
 
 
 async def test_roles_that_are_not_there_are_told(
