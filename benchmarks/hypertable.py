@@ -32,7 +32,7 @@ async def vs_plain(bench: Bench) -> Figure:
                     return {"value": QUOTES / (await child.hear())["seconds"]}
 
             return await bench.in_turns(
-                "rows/s", lambda: fill("market_data"), lambda: fill(PLAIN), rounds=5
+                "rows/s", lambda: fill("market_data"), lambda: fill(PLAIN)
             )
         finally:
             await conn.close()

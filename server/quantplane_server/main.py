@@ -130,8 +130,7 @@ def _tasks() -> list[Task]:
 
 
 async def _aggregate_days(db: Database) -> str:
-    since = await kept_since(db, "market_data")
-    return await (aggregate_days(db, since) if since else aggregate_days(db))
+    return await aggregate_days(db, await kept_since(db, "market_data"))
 
 
 async def _backends(

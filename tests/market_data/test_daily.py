@@ -198,3 +198,19 @@ async def test_the_recorder_marks_days_before_today_every_time_and_others_once(
     await publish(lone_client, late("A"), live("A"))
     after = await pending(db)
     assert [day for (_, day) in after if after["A", day] != before["A", day]] == [0]
+
+
+async def test_a_recorder_that_connects_again_marks_all_days_again(
+    lone_client: Client, recorder: None, db: Database
+):
+    await publish(lone_client, live("A"))
+    async with db.connection() as conn:
+        await conn.execute("DELETE FROM pending_days")  # as by a restored backup
+        await conn.execute(
+            """
+            SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+             WHERE datname = current_database() AND pid <> pg_backend_pid()
+            """
+        )
+    await publish(lone_client, live("A"))
+    assert [symbol for symbol, _ in await pending(db)] == ["A"]

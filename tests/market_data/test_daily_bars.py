@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from quantplane import Client, violations_of
@@ -117,8 +117,9 @@ examples = count()
 @both_editions
 @given(stored, steps)
 @settings(
-    max_examples=25,
+    max_examples=30,
     deadline=None,
+    phases=[Phase.reuse, Phase.generate],  # to shrink would take minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 async def test_bars_of_whole_days_are_those_of_plain_python_whatever_came_when(
@@ -126,7 +127,9 @@ async def test_bars_of_whole_days_are_those_of_plain_python_whatever_came_when(
 ):
     run = next(examples)  # one database for all, so each has its own symbols
     rows: Rows = {}
-    for step in [first, *steps, "aggregate", ("A", 0, 99 * DAY_MINUTES, 1, 5)]:
+    partial, whole = (1, 9 * DAY_MINUTES + 700), (0, 10 * DAY_MINUTES)
+    reads = [("A", *partial, 1, 5), ("A", *whole, 7, 5)]
+    for step in [first, *steps, *reads, "aggregate", *reads]:
         match step:
             case dict():
                 await put(lone_client, rows, step, run)

@@ -29,13 +29,14 @@ STEP_DAYS = 10  # of all symbols
 Marks = Sequence[PendingDay]
 
 
-async def aggregate_days(db: Database, since: datetime = FIRST) -> str:
+async def aggregate_days(db: Database, since: datetime | None = None) -> str:
     """Aggregate the marked days that ended an hour ago; return how many there were.
 
     After RUN_S the rest is left to the next run. Days that began before `since` keep
     the aggregate that they have: retention may have removed rows of theirs.
     """
     until = monotonic() + RUN_S
+    since = since or FIRST
     await _release(db, since)
     days = 0
     symbols: set[str] = set()

@@ -260,7 +260,8 @@ async def store_bars(conn: Connection, bars: Iterable[pb.Bar]) -> None:
 
     It comes last in its transaction, as mark_days does.
     """
-    rows = {(bar.symbol, time_us(bar.time)): bar for bar in bars}
+    # In order, so that two who store the same ones do not wait for each other.
+    rows = dict(sorted({(bar.symbol, time_us(bar.time)): bar for bar in bars}.items()))
     columns: list[list[Any]] = [
         [bar.time.ToDatetime(tzinfo=UTC) for bar in rows.values()],
         [bar.symbol for bar in rows.values()],
@@ -294,13 +295,13 @@ def _value(bar: pb.Bar, field: Any) -> float | None:
 _STORED = """
     SELECT time, open, high, low, close, volume, vwap, bid, ask, bid_size, ask_size
       FROM market_data
-     WHERE symbol = $1 AND time >= $2 AND time < $3
-     ORDER BY time LIMIT $4
+     WHERE symbol = $1 AND time >= $3 AND time < $4
+     ORDER BY time LIMIT $2
 """
 
-# Each row is the bar of a bucket of width $5, made of parts: rows or whole days.
+# Each row is the bar of a bucket of width $3, made of parts: rows or whole days.
 _BUCKETS = """
-    SELECT time_bucket($5, at) AS time,
+    SELECT time_bucket($3, at) AS time,
            first(first_price, at) AS open,
            max(highest) AS high,
            min(lowest) AS low,
@@ -312,7 +313,7 @@ _BUCKETS = """
            last(bid_size, at) AS bid_size,
            last(ask_size, at) AS ask_size
       FROM ({parts}) AS parts
-     GROUP BY 1 ORDER BY 1 LIMIT $4
+     GROUP BY 1 ORDER BY 1 LIMIT $2
 """
 
 # Rows without open, high or low count with their close.
@@ -327,18 +328,20 @@ _ROWS = """
 """
 
 _DAYS = """
-    SELECT day, first_price, highest, lowest, close, volume, vwap_value, vwap_volume,
-           bid, ask, bid_size, ask_size
+    SELECT day AS at, first_price, highest, lowest, close, volume, vwap_value,
+           vwap_volume, bid, ask, bid_size, ask_size
       FROM daily_bars
-     WHERE symbol = $1 AND day >= $6 AND day < $7
+     WHERE symbol = $1 AND day >= $4 AND day < $5
 """
 
-_FROM_ROWS = _BUCKETS.format(parts=_ROWS.format(start="$2", end="$3"))
+_FROM_ROWS = _BUCKETS.format(parts=_ROWS.format(start="$4", end="$5"))
+_FROM_DAYS = _BUCKETS.format(parts=_DAYS)
 
-# $6 to $7 are the whole days in the range.
-_FROM_DAYS = _BUCKETS.format(
+# The range is $6 to $7, the whole days in it $4 to $5. Looking for rows before and
+# behind them costs more than the days, so it is left out where there can't be any.
+_FROM_BOTH = _BUCKETS.format(
     parts=" UNION ALL ".join(
-        [_ROWS.format(start="$2", end="$6"), _DAYS, _ROWS.format(start="$7", end="$3")]
+        [_ROWS.format(start="$6", end="$4"), _DAYS, _ROWS.format(start="$5", end="$7")]
     )
 )
 
@@ -411,12 +414,14 @@ async def bar_columns(
 
 
 def _bar_query(wanted: BarRange, limit: int) -> tuple[Any, ...]:
-    bounds = (wanted.symbol, wanted.start, wanted.end, limit)
-    if wanted.interval is None:
-        return _STORED, *bounds
-    if wanted.daily:
-        return _FROM_DAYS, *bounds, wanted.interval, *wanted.whole_days
-    return _FROM_ROWS, *bounds, wanted.interval
+    symbol, start, end, interval = wanted
+    if interval is None:
+        return _STORED, symbol, limit, start, end
+    if not wanted.daily:
+        return _FROM_ROWS, symbol, limit, interval, start, end
+    if wanted.whole_days == (start, end):
+        return _FROM_DAYS, symbol, limit, interval, start, end
+    return _FROM_BOTH, symbol, limit, interval, *wanted.whole_days, start, end
 
 
 def _bar(symbol: str, row: Any) -> pb.Bar:
