@@ -317,6 +317,11 @@ Table(
     Column("overfill_quantity", Double, nullable=False, server_default="0"),
     Column("triggered_at", TIME),
     Column("trace_id", Text),
+    Column("submitted_at", TIME),
+    Column("pending_version", BigInteger),
+    Column("pending_quantity", Double),
+    Column("pending_price", Double),
+    Column("pending_stop_price", Double),
     CheckConstraint("side IN ('buy', 'sell')", name="valid_order_side"),
     CheckConstraint(
         "order_type IN ('market', 'limit', 'stop', 'stop_limit')",
@@ -362,6 +367,12 @@ Table(
     Column("commission", Double, server_default="0"),
     Column("venue", Text),
     Column("broker_exec_id", Text),
+    Column("strategy_id", Text),
+    Column("ref_execution_id", UUID),
+    Column("late", Boolean),
+    Column("position_number", BigInteger),
+    Column("position_quantity", Double),
+    Column("realized_pnl", Double),
     CheckConstraint("side IN ('buy', 'sell')", name="valid_execution_side"),
     Index("idx_executions_order", "order_id"),
     Index("idx_executions_symbol", "symbol", text("time DESC")),
@@ -392,6 +403,22 @@ Table(
     Column("strategy_id", Text),
     Column("opened_at", TIME, nullable=False),
     Column("updated_at", TIME, nullable=False, server_default=NOW),
+    Column("n_executions", BigInteger, nullable=False, server_default="0"),
+)
+
+# The same of each strategy, whose sums make the account's cash; '' is no strategy.
+Table(
+    "strategy_positions",
+    timeseries,
+    Column("strategy_id", Text, primary_key=True),
+    Column("symbol", Text, primary_key=True),
+    Column("quantity", Double, nullable=False),
+    Column("average_cost", Double, nullable=False),
+    Column("realized_pnl", Double, nullable=False),
+    Column("cash_flow", Double, nullable=False),
+    Column("commission", Double, nullable=False),
+    Column("opened_at", TIME, nullable=False),
+    Column("updated_at", TIME, nullable=False),
 )
 
 # --- The event log ------------------------------------------------------------------

@@ -25,7 +25,14 @@ MORE_COLUMNS = {
     "orders": [
         *("client_order_id", "version", "pending_request", "outcome_unknown"),
         *("reject_code", "overfill_quantity", "triggered_at", "trace_id"),
+        *("submitted_at", "pending_version", "pending_quantity", "pending_price"),
+        "pending_stop_price",
     ],
+    "executions": [
+        *("strategy_id", "ref_execution_id", "late", "position_number"),
+        *("position_quantity", "realized_pnl"),
+    ],
+    "positions": ["n_executions"],
 }
 FOREIGN = "FOREIGN KEY"
 OTHER_CONSTRAINTS = {
@@ -41,6 +48,7 @@ MORE_TABLES = {
     *("alembic_version", "alembic_version_reference", "server_keys"),
     *("bus_positions", "pending_days", "aggregated_days", "option_chain_times"),
     *("signal_keys", "order_keys", "execution_keys", "event_log", "log_head"),
+    "strategy_positions",
     *("retention_policies", "maintenance_runs", "api_keys"),
 }
 

@@ -11,6 +11,7 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
@@ -33,6 +34,8 @@ CONNECTIONS = 32  # per client
 NEWS_S = 1.0
 RECORDED = "quantplane:recorded"
 CHANGED = "quantplane:changed"
+LOGGED = "quantplane:logged"
+NEWS_BYTES = 1 << 20
 
 
 class Position(NamedTuple):
@@ -304,6 +307,26 @@ class Bus:
                 if message := await news.get_message(timeout=BLOCK_S):
                     yield set(message["data"].decode().split("\n"))
 
+    async def announce_entries(
+        self, log: str, first: int, payloads: Sequence[bytes]
+    ) -> None:
+        """Tell every process what was appended to a log, or only that it grew."""
+        if sum(map(len, payloads)) > NEWS_BYTES:
+            payloads = ()
+        parts = [log.encode(), first.to_bytes(8, "big"), *payloads]
+        await self._redis.publish(LOGGED, _packed(parts))
+
+    async def follow_entries(
+        self,
+    ) -> AsyncIterator[tuple[str, int, Sequence[bytes]]]:
+        """Yield what is announced: the log, the first revision, the payloads."""
+        async with self._redis.pubsub(ignore_subscribe_messages=True) as news:
+            await news.subscribe(LOGGED)
+            while True:
+                if message := await news.get_message(timeout=BLOCK_S):
+                    log, first, *payloads = _unpacked(message["data"])
+                    yield log.decode(), int.from_bytes(first, "big"), payloads
+
     async def _calls(
         self, calls: Iterable[tuple[str, list[str], Iterable[Any]]]
     ) -> list[Any]:
@@ -346,3 +369,15 @@ def _keys(shard: int, *names: str) -> list[str]:
 
 def _entry(position: bytes, parts: dict[bytes, bytes]) -> Entry:
     return Entry(Position.parse(position), int(parts.pop(b"")), parts)
+
+
+def _packed(parts: Iterable[bytes]) -> bytes:
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def _unpacked(data: bytes) -> Iterator[bytes]:
+    start = 0
+    while start < len(data):
+        end = start + 4 + int.from_bytes(data[start : start + 4], "big")
+        yield data[start + 4 : end]
+        start = end

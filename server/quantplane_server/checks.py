@@ -14,6 +14,12 @@ from quantplane_server.errors import InvalidRequest, OutOfOrder, Violation
 
 EARLIEST_S = -2_208_988_800  # 1900-01-01
 AHEAD_S = 86_400
+MAX_PAGE = 10_000
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+FIRST = datetime(1900, 1, 1, tzinfo=UTC)
+LAST = datetime(9999, 12, 31, tzinfo=UTC)
+TICK = timedelta(microseconds=1)
 
 SYMBOL = "must be 1 to 64 printable characters without leading or trailing space"
 TIME = "must lie between 1900-01-01 and one day ahead of the server's clock"
@@ -67,6 +73,14 @@ class Checks:
             end = request.end_time.ToNanoseconds()
             self(start <= end, "end_time", "must not lie before start_time")
 
+    def page_size(self, request: Any) -> None:
+        inside = 0 <= request.page_size <= MAX_PAGE
+        self(inside, "page_size", f"must be 0 to {MAX_PAGE:,}")
+
+    def heartbeat(self, request: Any) -> None:
+        if request.HasField("heartbeat_interval"):
+            self.duration(request.heartbeat_interval, "heartbeat_interval", 1, 60)
+
     def duration(
         self, value: Duration, field: str, least_s: float, most_s: float
     ) -> None:
@@ -113,5 +127,16 @@ def time_us(stamp: Timestamp) -> int:
     return stamp.seconds * 1_000_000 + stamp.nanos // 1_000
 
 
+def time_given(request: Any, field: str, default: datetime) -> datetime:
+    """Return a time of a checked request, or the default where it is omitted."""
+    if not request.HasField(field):
+        return default
+    return to_datetime(time_us(getattr(request, field)))
+
+
 def to_datetime(stamp_us: int) -> datetime:
-    return datetime.fromtimestamp(0, UTC) + timedelta(microseconds=stamp_us)
+    return EPOCH + timedelta(microseconds=stamp_us)
+
+
+def to_us(time: datetime) -> int:
+    return (time - EPOCH) // TICK

@@ -7,9 +7,20 @@ QuantplaneError
 ├── OutOfOrder           INVALID_ARGUMENT    OUT_OF_ORDER
 ├── Compacted            OUT_OF_RANGE        COMPACTED
 ├── UnknownSymbol        NOT_FOUND           UNKNOWN_SYMBOL
+├── UnknownSignal        NOT_FOUND           UNKNOWN_SIGNAL
+├── UnknownOrder         NOT_FOUND           UNKNOWN_ORDER
+├── UnknownExecution     NOT_FOUND           UNKNOWN_EXECUTION
+├── KeyReused            ALREADY_EXISTS      IDEMPOTENCY_KEY_REUSED
+├── OrderTerminal        FAILED_PRECONDITION ORDER_TERMINAL
+├── IllegalTransition    FAILED_PRECONDITION ILLEGAL_TRANSITION
+├── RiskLimit            FAILED_PRECONDITION RISK_LIMIT
+├── SignalMismatch       FAILED_PRECONDITION SIGNAL_MISMATCH
+├── ExecutionMismatch    INVALID_ARGUMENT    EXECUTION_MISMATCH
+├── VersionMismatch      ABORTED             VERSION_MISMATCH
 ├── FeedReplaced         ABORTED             FEED_REPLACED
 ├── TooManyStreams       RESOURCE_EXHAUSTED  TOO_MANY_STREAMS
 ├── ResultTooLarge       RESOURCE_EXHAUSTED  RESULT_TOO_LARGE
+├── Overloaded           RESOURCE_EXHAUSTED  OVERLOADED
 ├── Draining             UNAVAILABLE         DRAINING
 ├── BackendUnavailable   UNAVAILABLE         BACKEND_UNAVAILABLE
 └── InternalError        INTERNAL            INTERNAL
@@ -104,7 +115,7 @@ class OutOfOrder(QuantplaneError):
 
 
 class Compacted(QuantplaneError):
-    """What a reader asks for has left the bus."""
+    """What a reader asks for is no longer kept."""
 
     code = StatusCode.OUT_OF_RANGE
     reason = pb.ERROR_REASON_COMPACTED
@@ -112,8 +123,8 @@ class Compacted(QuantplaneError):
     def __init__(self, cause: "pb.GapCause.ValueType", **metadata: object) -> None:
         self.cause = cause
         super().__init__(
-            "what follows the resume token is no longer on the bus; subscribe "
-            "without it and read the past with start_time",
+            "what follows the resume token is no longer kept; subscribe without it "
+            "and read the past by other calls",
             cause=pb.GapCause.Name(cause).removeprefix("GAP_CAUSE_"),
             **metadata,
         )
@@ -125,6 +136,95 @@ class UnknownSymbol(QuantplaneError):
 
     def __init__(self, symbol: str, hint: str) -> None:
         super().__init__(f"nothing is recorded under {symbol!r}; {hint}", symbol=symbol)
+
+
+class UnknownSignal(QuantplaneError):
+    code = StatusCode.NOT_FOUND
+    reason = pb.ERROR_REASON_UNKNOWN_SIGNAL
+
+    def __init__(self, signal_id: str) -> None:
+        super().__init__(f"there is no signal {signal_id}", signal_id=signal_id)
+
+
+class UnknownOrder(QuantplaneError):
+    code = StatusCode.NOT_FOUND
+    reason = pb.ERROR_REASON_UNKNOWN_ORDER
+
+    def __init__(self, name: str, **metadata: str) -> None:
+        super().__init__(f"there is no order {name}", **metadata)
+
+
+class UnknownExecution(QuantplaneError):
+    code = StatusCode.NOT_FOUND
+    reason = pb.ERROR_REASON_UNKNOWN_EXECUTION
+
+    def __init__(self, broker_exec_id: str) -> None:
+        super().__init__(
+            f"the order has no execution {broker_exec_id!r}; report the fill first",
+            broker_exec_id=broker_exec_id,
+        )
+
+
+class KeyReused(QuantplaneError):
+    """A key came again with another body."""
+
+    code = StatusCode.ALREADY_EXISTS
+    reason = pb.ERROR_REASON_IDEMPOTENCY_KEY_REUSED
+
+    def __init__(self, field: str, key: str) -> None:
+        super().__init__(
+            f"{field} {key!r} was used for a request that differs; "
+            "use a new one for a new request",
+            key=key,
+        )
+
+
+class OrderTerminal(QuantplaneError):
+    """An order that is over does not change."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = pb.ERROR_REASON_ORDER_TERMINAL
+
+    def __init__(self, status: str, event: str) -> None:
+        super().__init__(f"the order is {status}: no {event}", status=status)
+
+
+class IllegalTransition(QuantplaneError):
+    """Something was asked that does not fit the state."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = pb.ERROR_REASON_ILLEGAL_TRANSITION
+
+
+class VersionMismatch(QuantplaneError):
+    code = StatusCode.ABORTED
+    reason = pb.ERROR_REASON_VERSION_MISMATCH
+
+    def __init__(self, version: int) -> None:
+        super().__init__(
+            f"the order is at version {version} now; read it again", version=version
+        )
+
+
+class RiskLimit(QuantplaneError):
+    """An order would break a limit of its strategy."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = pb.ERROR_REASON_RISK_LIMIT
+
+
+class SignalMismatch(QuantplaneError):
+    """An order and the signal that it names do not go together."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = pb.ERROR_REASON_SIGNAL_MISMATCH
+
+
+class ExecutionMismatch(QuantplaneError):
+    """An execution is not of the order that it names."""
+
+    code = StatusCode.INVALID_ARGUMENT
+    reason = pb.ERROR_REASON_EXECUTION_MISMATCH
 
 
 class FeedReplaced(QuantplaneError):
@@ -158,6 +258,18 @@ class ResultTooLarge(QuantplaneError):
     def __init__(self, limit: int, what: str) -> None:
         super().__init__(
             f"the answer has more than {limit:,} {what}; narrow the request",
+            limit=limit,
+        )
+
+
+class Overloaded(QuantplaneError):
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = pb.ERROR_REASON_OVERLOADED
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"{limit:,} commands wait already, as many as the server holds; "
+            "retry with back-off",
             limit=limit,
         )
 

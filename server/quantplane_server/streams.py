@@ -5,10 +5,14 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
+from quantplane import v1 as pb
 from quantplane_server.errors import Draining, TooManyStreams
 from quantplane_server.tasks import end
 
 Request = TypeVar("Request")
+
+HEARTBEAT_S = 5.0  # where a request does not choose one
+RETRY_AFTER_MS = 500
 
 
 class Stream(Protocol):
@@ -70,3 +74,16 @@ class Streams:
         self._draining = True
         for stream in self._held:
             stream.drain()
+
+
+def heartbeat() -> pb.StreamEvent:
+    event = pb.StreamEvent()
+    event.heartbeat.server_time.GetCurrentTime()
+    return event
+
+
+def goodbye() -> pb.StreamEvent:
+    event = pb.StreamEvent()
+    event.goodbye.reason = pb.GOODBYE_REASON_DRAINING
+    event.goodbye.retry_after.FromMilliseconds(RETRY_AFTER_MS)
+    return event

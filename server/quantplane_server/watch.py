@@ -25,7 +25,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeAlias
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from quantplane import v1 as pb
@@ -34,6 +33,7 @@ from quantplane_server import db as databases
 from quantplane_server.bus import Bus
 from quantplane_server.checks import seconds
 from quantplane_server.errors import InvalidResumeToken
+from quantplane_server.streams import HEARTBEAT_S, goodbye, heartbeat
 from quantplane_server.tokens import Tokens, purpose
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,9 @@ logger = logging.getLogger(__name__)
 State: TypeAlias = Mapping[Hashable, Message]  # key -> row, in a fixed order
 Read: TypeAlias = Callable[[], Awaitable[State]]
 
-HEARTBEAT_S = 5.0
 REFRESH_S = 10.0  # after the last read, if nothing is announced
 READ_S = 30.0  # before a read counts as failed
 RETRY_S = 0.5
-RETRY_AFTER_MS = 500
 
 
 class Version(NamedTuple):
@@ -219,11 +217,11 @@ class WatchStream:
                     yield message
                 if self._now() >= beat_at:
                     beat_at = self._now() + self._heartbeat_s
-                    yield self._sealed(self._heartbeat())
+                    yield self._sealed(self.event(heartbeat()))
                 with suppress(TimeoutError):
                     async with asyncio.timeout(beat_at - self._now()):
                         await self._wake.wait()
-            yield self._sealed(self._goodbye())
+            yield self._sealed(self.event(goodbye()))
 
     async def _snapshot(self, watched: Sequence[Watched]) -> AsyncIterator[Any]:
         """Yield all there is, or nothing to a reader that has it already."""
@@ -260,17 +258,6 @@ class WatchStream:
                 yield self._sealed(self.data(state, changed, whole=False))
             else:  # rows are gone
                 yield self._sealed(self.data(state, state, whole=True))
-
-    def _heartbeat(self) -> Any:
-        heartbeat = pb.Heartbeat()
-        heartbeat.server_time.GetCurrentTime()
-        return self.event(pb.StreamEvent(heartbeat=heartbeat))
-
-    def _goodbye(self) -> Any:
-        retry_after = Duration()
-        retry_after.FromMilliseconds(RETRY_AFTER_MS)
-        goodbye = pb.Goodbye(reason=pb.GOODBYE_REASON_DRAINING, retry_after=retry_after)
-        return self.event(pb.StreamEvent(goodbye=goodbye))
 
     def _sealed(self, response: Any) -> Any:
         """Return a response with the token that stands for all that was sent."""

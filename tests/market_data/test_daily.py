@@ -10,6 +10,7 @@ import pytest
 from quantplane import Client
 from quantplane import v1 as pb
 from quantplane_server.bus import Bus
+from quantplane_server.checks import EPOCH
 from quantplane_server.config import Settings
 from quantplane_server.db import Database
 from quantplane_server.market_data import queries
@@ -21,7 +22,7 @@ from tests.market_data.test_bars import START, bar, listed, store
 
 DAY = timedelta(days=1)
 DAY_MINUTES = 1_440
-FIRST_DAY = (START - queries.EPOCH).days
+FIRST_DAY = (START - EPOCH).days
 
 
 async def pending(db: Database) -> dict[tuple[str, int], int]:

@@ -29,7 +29,7 @@ class Permission(_message.Message):
     resource: _builtins.str
     """The resource of the `permissions` table, for example "market_data"."""
     action: _builtins.str
-    """The action on it: "read" or "publish"."""
+    """The action on it: "read", "publish", "create" or "update"."""
     def __init__(
         self,
         *,
@@ -45,7 +45,13 @@ class Permission(_message.Message):
 Global___Permission: _TypeAlias = Permission  # noqa: Y015
 
 PERMISSION_FIELD_NUMBER: _builtins.int
+IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
 permission: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, Global___Permission]
 """Every method declares its permission and the standard idempotency_level;
 the server's authorisation and the client's retries read both from here.
+"""
+idempotency_key: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.FieldOptions, _builtins.bool]
+"""The key that makes a retry of a call safe: the same key and the same body
+give the first answer again. Whoever calls chooses it before the first try;
+the Python client fills an empty one with a new UUIDv7.
 """

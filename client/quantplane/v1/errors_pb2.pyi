@@ -38,8 +38,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_COMPACTED: _ErrorReason.ValueType  # 4
     """OUT_OF_RANGE. What the resume token asks for is no longer kept.
-    metadata.oldest says how far back each shard goes. Subscribe without
-    the token: the snapshot is current, and start_time reads the past.
+    metadata.oldest says how far back it goes: of quotes the position in each
+    shard, of a log the revision. Subscribe without the token: the snapshot is
+    current, and the past can be read by other calls.
     """
     ERROR_REASON_UNKNOWN_SYMBOL: _ErrorReason.ValueType  # 5
     """NOT_FOUND. Nothing is recorded under this symbol (metadata.symbol), or
@@ -72,6 +73,53 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED. The answer would exceed what one message may hold
     (metadata.limit). Narrow the request with its filter.
     """
+    ERROR_REASON_IDEMPOTENCY_KEY_REUSED: _ErrorReason.ValueType  # 13
+    """ALREADY_EXISTS. The key (metadata.key) was used before, for a request that
+    differs. Nothing was done. Use a new key for a new request, and the very
+    same request for a retry.
+    """
+    ERROR_REASON_UNKNOWN_ORDER: _ErrorReason.ValueType  # 14
+    """NOT_FOUND. There is no such order (metadata.order_id or
+    metadata.client_order_id).
+    """
+    ERROR_REASON_UNKNOWN_SIGNAL: _ErrorReason.ValueType  # 15
+    """NOT_FOUND. There is no such signal (metadata.signal_id)."""
+    ERROR_REASON_UNKNOWN_EXECUTION: _ErrorReason.ValueType  # 16
+    """NOT_FOUND. There is no such execution of this order
+    (metadata.broker_exec_id): what it would bust or correct was not reported.
+    """
+    ERROR_REASON_ORDER_TERMINAL: _ErrorReason.ValueType  # 17
+    """FAILED_PRECONDITION. The order is filled, cancelled, rejected or expired
+    (metadata.status). Nothing can change it but late fills, busts and
+    corrections.
+    """
+    ERROR_REASON_ILLEGAL_TRANSITION: _ErrorReason.ValueType  # 18
+    """FAILED_PRECONDITION. What was asked does not fit the state
+    (metadata.status, metadata.event); GetOrderLifecycle has the table. Read the
+    order again and decide anew.
+    """
+    ERROR_REASON_VERSION_MISMATCH: _ErrorReason.ValueType  # 19
+    """ABORTED. The order has changed since the version that the request names
+    (metadata.version is its version now). Read it again and decide anew.
+    """
+    ERROR_REASON_RISK_LIMIT: _ErrorReason.ValueType  # 20
+    """FAILED_PRECONDITION. The order would break a risk limit of its strategy
+    (metadata.limit, metadata.order_id). It is kept, rejected, for audit; the
+    same key gives this answer again. Change the limit or the order.
+    """
+    ERROR_REASON_SIGNAL_MISMATCH: _ErrorReason.ValueType  # 21
+    """FAILED_PRECONDITION. The signal that the order names is of another strategy
+    or symbol, or is expired or cancelled (metadata.signal_id).
+    """
+    ERROR_REASON_EXECUTION_MISMATCH: _ErrorReason.ValueType  # 22
+    """INVALID_ARGUMENT. An execution names another symbol or side than its order
+    (metadata.order_id). Nothing of it was booked: find out which of the two is
+    wrong before reporting it again.
+    """
+    ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 23
+    """RESOURCE_EXHAUSTED. More calls wait than the server holds (metadata.limit).
+    Retry with back-off, or add a server.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused: the `reason` of the google.rpc.ErrorInfo that comes
@@ -95,8 +143,9 @@ Ask for the first page again.
 """
 ERROR_REASON_COMPACTED: ErrorReason.ValueType  # 4
 """OUT_OF_RANGE. What the resume token asks for is no longer kept.
-metadata.oldest says how far back each shard goes. Subscribe without
-the token: the snapshot is current, and start_time reads the past.
+metadata.oldest says how far back it goes: of quotes the position in each
+shard, of a log the revision. Subscribe without the token: the snapshot is
+current, and the past can be read by other calls.
 """
 ERROR_REASON_UNKNOWN_SYMBOL: ErrorReason.ValueType  # 5
 """NOT_FOUND. Nothing is recorded under this symbol (metadata.symbol), or
@@ -128,5 +177,52 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 11
 ERROR_REASON_RESULT_TOO_LARGE: ErrorReason.ValueType  # 12
 """RESOURCE_EXHAUSTED. The answer would exceed what one message may hold
 (metadata.limit). Narrow the request with its filter.
+"""
+ERROR_REASON_IDEMPOTENCY_KEY_REUSED: ErrorReason.ValueType  # 13
+"""ALREADY_EXISTS. The key (metadata.key) was used before, for a request that
+differs. Nothing was done. Use a new key for a new request, and the very
+same request for a retry.
+"""
+ERROR_REASON_UNKNOWN_ORDER: ErrorReason.ValueType  # 14
+"""NOT_FOUND. There is no such order (metadata.order_id or
+metadata.client_order_id).
+"""
+ERROR_REASON_UNKNOWN_SIGNAL: ErrorReason.ValueType  # 15
+"""NOT_FOUND. There is no such signal (metadata.signal_id)."""
+ERROR_REASON_UNKNOWN_EXECUTION: ErrorReason.ValueType  # 16
+"""NOT_FOUND. There is no such execution of this order
+(metadata.broker_exec_id): what it would bust or correct was not reported.
+"""
+ERROR_REASON_ORDER_TERMINAL: ErrorReason.ValueType  # 17
+"""FAILED_PRECONDITION. The order is filled, cancelled, rejected or expired
+(metadata.status). Nothing can change it but late fills, busts and
+corrections.
+"""
+ERROR_REASON_ILLEGAL_TRANSITION: ErrorReason.ValueType  # 18
+"""FAILED_PRECONDITION. What was asked does not fit the state
+(metadata.status, metadata.event); GetOrderLifecycle has the table. Read the
+order again and decide anew.
+"""
+ERROR_REASON_VERSION_MISMATCH: ErrorReason.ValueType  # 19
+"""ABORTED. The order has changed since the version that the request names
+(metadata.version is its version now). Read it again and decide anew.
+"""
+ERROR_REASON_RISK_LIMIT: ErrorReason.ValueType  # 20
+"""FAILED_PRECONDITION. The order would break a risk limit of its strategy
+(metadata.limit, metadata.order_id). It is kept, rejected, for audit; the
+same key gives this answer again. Change the limit or the order.
+"""
+ERROR_REASON_SIGNAL_MISMATCH: ErrorReason.ValueType  # 21
+"""FAILED_PRECONDITION. The signal that the order names is of another strategy
+or symbol, or is expired or cancelled (metadata.signal_id).
+"""
+ERROR_REASON_EXECUTION_MISMATCH: ErrorReason.ValueType  # 22
+"""INVALID_ARGUMENT. An execution names another symbol or side than its order
+(metadata.order_id). Nothing of it was booked: find out which of the two is
+wrong before reporting it again.
+"""
+ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 23
+"""RESOURCE_EXHAUSTED. More calls wait than the server holds (metadata.limit).
+Retry with back-off, or add a server.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -59,6 +59,10 @@ class _GapCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GapCause.Val
     """
     GAP_CAUSE_BUS_REBUILT: _GapCause.ValueType  # 2
     """The bus lost its state (its machine or its disk was lost) and started anew."""
+    GAP_CAUSE_LOG_RESTORED: _GapCause.ValueType  # 3
+    """The database was restored to an earlier time: what was delivered since then
+    is not in its log.
+    """
 
 class GapCause(_GapCause, metaclass=_GapCauseEnumTypeWrapper): ...
 
@@ -69,6 +73,10 @@ its position.
 """
 GAP_CAUSE_BUS_REBUILT: GapCause.ValueType  # 2
 """The bus lost its state (its machine or its disk was lost) and started anew."""
+GAP_CAUSE_LOG_RESTORED: GapCause.ValueType  # 3
+"""The database was restored to an earlier time: what was delivered since then
+is not in its log.
+"""
 Global___GapCause: _TypeAlias = GapCause  # noqa: Y015
 
 class _GoodbyeReason:
@@ -230,7 +238,7 @@ Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
 @_typing.final
 class Gap(_message.Message):
     """The stream could not deliver what lies between the two times. What follows is
-    a fresh snapshot; the past can be read from history.
+    a fresh snapshot; the past can be read from history where there is one.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

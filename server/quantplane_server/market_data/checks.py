@@ -22,7 +22,6 @@ from quantplane_server.checks import (
 MAX_BATCH = 2_000
 MAX_SYMBOLS = 10_000
 MAX_STREAM_BARS_SYMBOLS = 1_000
-MAX_PAGE = 10_000
 WEEK_S = 7 * 86_400
 
 
@@ -104,8 +103,7 @@ def check_subscription(
             check(not lossless, "min_interval", "must be omitted with LOSSLESS")
         if request.HasField("start_time"):
             check(is_bound(request.start_time), "start_time", BOUND)
-        if request.HasField("heartbeat_interval"):
-            check.duration(request.heartbeat_interval, "heartbeat_interval", 1, 60)
+        check.heartbeat(request)
         if isinstance(request, pb.StreamQuotesRequest):
             bounded = request.max_unacknowledged <= 1_000
             check(bounded, "max_unacknowledged", "must be 0 to 1,000")
@@ -148,7 +146,7 @@ def check_list_bars(request: pb.ListBarsRequest) -> None:
     with Checks() as check:
         check(is_name(request.symbol), "symbol", SYMBOL)
         _check_range(check, request)
-        check(0 <= request.page_size <= MAX_PAGE, "page_size", "must be 0 to 10,000")
+        check.page_size(request)
 
 
 def check_stream_bars(request: pb.StreamBarsRequest) -> None:
@@ -169,4 +167,4 @@ def _check_range(
 
 def check_list_symbols(request: pb.ListSymbolsRequest) -> None:
     with Checks() as check:
-        check(0 <= request.page_size <= MAX_PAGE, "page_size", "must be 0 to 10,000")
+        check.page_size(request)

@@ -15,9 +15,9 @@ from time import monotonic
 
 from asyncpg import DataError
 
+from quantplane_server.checks import FIRST
 from quantplane_server.db import Database, Edition
 from quantplane_server.market_data import queries
-from quantplane_server.market_data.history import FIRST
 from quantplane_server.market_data.queries import DAY, PendingDay
 
 logger = logging.getLogger(__name__)

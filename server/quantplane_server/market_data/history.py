@@ -13,14 +13,18 @@ from typing import Any, NamedTuple
 from asyncpg import NumericValueOutOfRangeError
 
 from quantplane import v1 as pb
-from quantplane_server.checks import seconds, time_us, to_datetime
+from quantplane_server.checks import (
+    FIRST,
+    LAST,
+    seconds,
+    time_given,
+    to_datetime,
+)
 from quantplane_server.db import Connection
 from quantplane_server.errors import InvalidRequest
 from quantplane_server.market_data import queries
 from quantplane_server.market_data.queries import BarRange
 
-FIRST = datetime(1900, 1, 1, tzinfo=UTC)
-LAST = datetime(9999, 12, 31, tzinfo=UTC)
 ORIGIN = datetime(2000, 1, 3, tzinfo=UTC)  # of time_bucket: a Monday
 TOO_LARGE = "a bar's volume or vwap would be too large a number; ask for shorter bars"
 
@@ -39,8 +43,8 @@ def bar_range(
     """Return the range that a checked request asks for."""
     return BarRange(
         symbol,
-        bound(request, "start_time", FIRST),
-        bound(request, "end_time", LAST),
+        time_given(request, "start_time", FIRST),
+        time_given(request, "end_time", LAST),
         timedelta(seconds=seconds(request.interval)) or None,
     )
 
@@ -71,13 +75,6 @@ async def _read(conn: Connection, read: Read, wanted: BarRange, limit: int) -> A
 def _bucket(time: datetime, interval: timedelta) -> datetime:
     """Return the start of the bucket that a time lies in."""
     return time - (time - ORIGIN) % interval
-
-
-def bound(request: Any, field: str, default: datetime) -> datetime:
-    """Return a time of a checked request, or the default where it is omitted."""
-    if not request.HasField(field):
-        return default
-    return to_datetime(time_us(getattr(request, field)))
 
 
 def _time(row: Any) -> datetime:

@@ -12,11 +12,10 @@ import numpy as np
 
 from quantplane import v1 as pb
 from quantplane_server.bus import Position
-from quantplane_server.checks import time_us, to_datetime
+from quantplane_server.checks import EPOCH, time_us, to_datetime
 from quantplane_server.db import Connection
 
 EPOCH_2000_US = 946_684_800_000_000  # PostgreSQL counts time from 2000-01-01
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
 DAY_US = 86_400_000_000
 

@@ -3,13 +3,20 @@
 import asyncio
 import struct
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC
 from typing import Any
 
 from quantplane import v1 as pb
 from quantplane.v1 import market_data_pb2_grpc as rpc
 from quantplane_server.bus import Bus
-from quantplane_server.checks import check_order, to_datetime
+from quantplane_server.checks import (
+    FIRST,
+    LAST,
+    check_order,
+    time_given,
+    to_datetime,
+    to_us,
+)
 from quantplane_server.db import Connection, Database
 from quantplane_server.errors import (
     InvalidResumeToken,
@@ -22,10 +29,7 @@ from quantplane_server.market_data.columns import bar_columns
 from quantplane_server.market_data.durability import Durability
 from quantplane_server.market_data.feed import Feed
 from quantplane_server.market_data.history import (
-    FIRST,
-    LAST,
     bar_range,
-    bound,
     read_page,
 )
 from quantplane_server.market_data.queries import BarRange
@@ -37,8 +41,6 @@ from quantplane_server.tokens import Tokens, purpose
 
 PAGE = 1_000  # where a request names no page_size
 CHUNK_ROWS = 16_384  # of StreamBars
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-TICK = timedelta(microseconds=1)
 Serialised = Any  # a response's bytes, ready-made, where the stubs know only messages
 _START = struct.Struct("!q")  # of the next page, in us
 _PLACE = struct.Struct("!Iq")  # index of the symbol, start of its next chunk in us
@@ -103,7 +105,7 @@ class MarketDataService(rpc.MarketDataServiceServicer):
         symbols = list(dict.fromkeys(request.symbols))
         _, records = await self._bus.snapshot(symbol.encode() for symbol in symbols)
         live = pb.GetLatestQuotesResponse.FromString(b"".join(records.values())).quotes
-        as_of = bound(request, "as_of", LAST)
+        as_of = time_given(request, "as_of", LAST)
         found = {
             quote.symbol: quote
             for quote in live
@@ -150,7 +152,7 @@ class MarketDataService(rpc.MarketDataServiceServicer):
                 await _require_data(conn, request.symbol)
         response = pb.ListBarsResponse(bars=page.rows, source=_source(wanted))
         if page.next_start:
-            token = _START.pack(_us(page.next_start))
+            token = _START.pack(to_us(page.next_start))
             response.next_page_token = self._tokens.page_token(query, token)
         return response
 
@@ -182,7 +184,7 @@ class MarketDataService(rpc.MarketDataServiceServicer):
                         conn, queries.bar_columns, wanted, CHUNK_ROWS
                     )
                 start = page.next_start
-                place = (at, _us(start)) if start else (at + 1, _us(FIRST))
+                place = (at, to_us(start)) if start else (at + 1, to_us(FIRST))
                 token = self._tokens.seal(query, _PLACE.pack(*place))
                 if len(page.rows):
                     source = _source(wanted)
@@ -233,7 +235,3 @@ def _source(wanted: BarRange) -> pb.BarSource.ValueType:
 def _bars_event(**event: Any) -> bytes:
     response = pb.StreamBarsResponse(event=pb.StreamEvent(**event))
     return response.SerializeToString()
-
-
-def _us(time: datetime) -> int:
-    return (time - EPOCH) // TICK

@@ -35,11 +35,10 @@ from quantplane_server.fanout import (
 from quantplane_server.market_data import queries
 from quantplane_server.market_data.checks import check_change
 from quantplane_server.market_data.place import Key, Place
+from quantplane_server.streams import HEARTBEAT_S, goodbye, heartbeat
 from quantplane_server.tokens import Tokens
 
-HEARTBEAT_S = 5.0
 HISTORY_ROWS = 2_000
-RETRY_AFTER_MS = 500
 LAST_SYMBOL = "\U0010ffff"  # behind every symbol, in the order of history
 Request = pb.SubscribeQuotesRequest | pb.StreamQuotesRequest
 MAX_CHANGES = 64  # that wait to be applied
@@ -121,7 +120,7 @@ class Subscription:
                         yield message
             if self._error:
                 raise self._error
-            yield self._goodbye()
+            yield self._rest(event=goodbye())
         finally:
             for timer in (self._beat_timer, self._send_timer):
                 if timer:
@@ -179,8 +178,8 @@ class Subscription:
         self._settled = False
         yield self._subscribed(symbols, records)
         for payload in _joined(records.values()):
-            async for heartbeat in self._credit():
-                yield heartbeat
+            async for beat in self._credit():
+                yield beat
             yield self._message(payload)
         self._settled = True
         yield self._event(snapshot_complete=pb.SnapshotComplete())
@@ -212,8 +211,8 @@ class Subscription:
         delivered before; if not, it is delivered from the bus.
         """
         while (last := self._place.history) and not self._draining:
-            async for heartbeat in self._credit():
-                yield heartbeat
+            async for beat in self._credit():
+                yield beat
             async with self._db.transaction("repeatable_read", readonly=True) as conn:
                 known = await queries.bus_positions(conn, self._needed)
                 page = await queries.quotes_after(
@@ -301,8 +300,8 @@ class Subscription:
     async def _bring_to(self, shard: int, until: Position) -> AsyncIterator[bytes]:
         """Deliver what the present symbols have in a shard up to a position."""
         async for entry in self._entries(shard, self._place.delivered[shard], until):
-            async for heartbeat in self._credit():
-                yield heartbeat
+            async for beat in self._credit():
+                yield beat
             self._place.delivered[shard] = entry.position
             piece = Piece.cut(entry, self._reader.keys)
             if piece.parts:
@@ -393,8 +392,8 @@ class Subscription:
     # --- Messages ---
 
     async def _taken(self) -> AsyncIterator[bytes]:
-        async for heartbeat in self._credit():
-            yield heartbeat
+        async for beat in self._credit():
+            yield beat
         yield self._take()
 
     def _take(self) -> bytes:
@@ -429,12 +428,7 @@ class Subscription:
 
     def _heartbeat(self) -> bytes:
         self._beat_due = False
-        return self._event(heartbeat=pb.Heartbeat(server_time=_now()))
-
-    def _goodbye(self) -> bytes:
-        goodbye = pb.Goodbye(reason=pb.GOODBYE_REASON_DRAINING)
-        goodbye.retry_after.FromMilliseconds(RETRY_AFTER_MS)
-        return self._event(goodbye=goodbye)
+        return self._rest(event=heartbeat())
 
 
 def _changed(symbols: list[str], request: pb.StreamQuotesRequest) -> list[str]:

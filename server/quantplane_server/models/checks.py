@@ -20,7 +20,6 @@ from quantplane_server.constraints import FRACTION, NOT_NEGATIVE, ONCE
 
 MAX_BATCH = 2_000
 MAX_KEYS = 1_000
-MAX_PAGE = 10_000
 
 AT_MOST_1 = "must be finite and at most 1"
 COMPUTABLE = "can't be told: 2 kappa theta or sigma^2 leaves the range of a double"
@@ -126,7 +125,7 @@ def check_list(
     with Checks() as check:
         check(is_name(getattr(request, name)), name, SYMBOL)
         check.time_range(request)
-        check(0 <= request.page_size <= MAX_PAGE, "page_size", "must be 0 to 10,000")
+        check.page_size(request)
 
 
 def check_watch(request: pb.WatchModelsRequest) -> None:
@@ -138,8 +137,7 @@ def check_watch(request: pb.WatchModelsRequest) -> None:
                 check(is_name(name), f"{field}[{i}]", SYMBOL)
             total += len(names)
         check(0 < total <= MAX_KEYS, "heston_symbols", IN_ALL)
-        if request.HasField("heartbeat_interval"):
-            check.duration(request.heartbeat_interval, "heartbeat_interval", 1, 60)
+        check.heartbeat(request)
 
 
 def is_positive(value: float) -> bool:

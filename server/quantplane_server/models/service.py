@@ -8,7 +8,7 @@ from typing import Any
 
 from quantplane import v1 as pb
 from quantplane.v1 import models_pb2_grpc as rpc
-from quantplane_server.checks import EARLIEST_S, time_us
+from quantplane_server.checks import FIRST, LAST, time_given, to_us
 from quantplane_server.db import Connection, Database
 from quantplane_server.errors import ResultTooLarge
 from quantplane_server.models import checks, queries
@@ -20,8 +20,6 @@ from quantplane_server.watch import Part, State, Watches, WatchStream
 
 PAGE = 1_000  # where a request names no page_size
 MAX_ROWS = 20_000  # of the latest parameters, in one answer
-FIRST_US = EARLIEST_S * 1_000_000
-LAST_US = 253_402_214_400_000_000  # 9999-12-31
 
 
 class ModelService(rpc.ModelServiceServicer):
@@ -91,8 +89,9 @@ class ModelService(rpc.ModelServiceServicer):
     ) -> tuple[list[Any], list[str]]:
         """Return the rows of the names, and the names that have none."""
         names = list(dict.fromkeys(names))
+        as_of_us = to_us(time_given(request, "as_of", LAST))
         async with self._db.connection() as conn:
-            rows = await _latest(conn, model, names, _bound(request, "as_of", LAST_US))
+            rows = await _latest(conn, model, names, as_of_us)
         known = {model.name_of(row) for row in rows}
         return rows, [name for name in names if name not in known]
 
@@ -128,9 +127,9 @@ class ModelService(rpc.ModelServiceServicer):
             payload = self._tokens.open_page(query, request.page_token)
             after = _layout(model).unpack(payload)
         else:  # behind all that is before the start
-            start = _bound(request, "start_time", FIRST_US)
+            start = to_us(time_given(request, "start_time", FIRST))
             after = (start - 1, *(inf for _ in model.place[1:]))
-        end = _bound(request, "end_time", LAST_US)
+        end = to_us(time_given(request, "end_time", LAST))
         limit = request.page_size or PAGE
         async with self._db.connection() as conn:
             rows = await queries.rows_after(conn, model, name, after, end, limit + 1)
@@ -197,7 +196,7 @@ async def _read(db: Database, wanted: Mapping[Model, Sequence[str]]) -> State:
     state: dict[Hashable, pb.WatchModelsResponse] = {}
     async with db.connection() as conn:
         for model, names in wanted.items():
-            for row in await _latest(conn, model, names, LAST_US):
+            for row in await _latest(conn, model, names, to_us(LAST)):
                 key = model.topic(model.name_of(row))
                 of_key = state.setdefault(key, pb.WatchModelsResponse())
                 getattr(of_key, model.kind).append(row)
@@ -211,11 +210,6 @@ async def _latest(
     if len(rows) > MAX_ROWS:
         raise ResultTooLarge(MAX_ROWS, "rows")
     return rows
-
-
-def _bound(request: Any, field: str, default_us: int) -> int:
-    """Return a time of the request, in us."""
-    return time_us(getattr(request, field)) if request.HasField(field) else default_us
 
 
 def _layout(model: Model) -> struct.Struct:

@@ -103,8 +103,7 @@ def check_subscription(request: pb.SubscribeOptionChainRequest) -> None:
     with Checks() as check:
         check.symbols(request.underlyings, "underlyings", MAX_UNDERLYINGS)
         _check_filter(check, request.filter)
-        if request.HasField("heartbeat_interval"):
-            check.duration(request.heartbeat_interval, "heartbeat_interval", 1, 60)
+        check.heartbeat(request)
 
 
 def _check_as_of(

@@ -1,7 +1,7 @@
 """OptionsService: one method per RPC, and the state that subscribers follow."""
 
 from collections.abc import AsyncIterator, Hashable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from quantplane import v1 as pb
 from quantplane.v1 import options_pb2_grpc as rpc
-from quantplane_server.checks import check_order, time_us, to_datetime
+from quantplane_server.checks import LAST, check_order, time_given, time_us, to_datetime
 from quantplane_server.db import Database
 from quantplane_server.errors import ResultTooLarge, UnknownSymbol
 from quantplane_server.options import checks, queries
@@ -19,7 +19,6 @@ from quantplane_server.streams import Batches, Streams
 from quantplane_server.tokens import Tokens
 from quantplane_server.watch import Part, State, Watches, WatchStream
 
-LAST = datetime(9999, 12, 31, tzinfo=UTC)
 HEADER = "chain"  # the key of a state's chain without contracts
 
 
@@ -171,7 +170,7 @@ def _chain(state: State, rows: State) -> pb.OptionChain:
 
 
 def _as_of(request: pb.GetOptionChainRequest | pb.ListExpirationsRequest) -> datetime:
-    return to_datetime(time_us(request.as_of)) if request.HasField("as_of") else LAST
+    return time_given(request, "as_of", LAST)
 
 
 def _topic(underlying: str) -> str:
