@@ -18,13 +18,15 @@ from benchmarks import (
     hypertable,
     idle,
     latency,
+    orders,
+    portfolio,
     recording,
     resuming,
     slow_reader,
 )
 from benchmarks.harness import BUILD, LOG, Bench, Figure, Lab
 
-RUN_S = 330.0  # for all
+RUN_S = 480.0  # for all
 EACH_S = 90.0
 
 
@@ -81,6 +83,19 @@ BENCHMARKS = {
     "idle_subscription_kb": Benchmark(idle.subscription, "bare handler that waits"),
     "hypertable_vs_plain": Benchmark(
         hypertable.vs_plain, "the same COPY into a plain table"
+    ),
+    "submit_vs_floor": Benchmark(
+        orders.vs_floor, "a bare call + an INSERT", Goal("ratio", most=2.5)
+    ),
+    "report_vs_floor": Benchmark(orders.report_vs_floor, "a bare call + an INSERT"),
+    "orders_vs_transaction": Benchmark(
+        orders.vs_transaction, "bare transactions, one an order"
+    ),
+    "orders_coalesced_vs_single": Benchmark(
+        orders.coalesced_vs_single, "one in flight", Goal("ratio", least=2)
+    ),
+    "portfolio_cost": Benchmark(
+        portfolio.cost, "without a watched portfolio", Goal("ratio", least=0.8)
     ),
 }
 

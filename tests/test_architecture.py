@@ -33,7 +33,8 @@ CORE = {
     "tokens",
     "watch",
 }
-COMPOSERS = {"main", "cli", "processes", "demo", "__main__"}
+CLIENTS = {"demo", "paper"}  # of any server; they know nothing of this one
+COMPOSERS = {"main", "cli", "processes", "demo", "testing", "__main__"}
 SLICES = {
     *("market_data", "options", "models", "signals", "orders", "portfolio"),
     *("reference", "admin"),
@@ -97,6 +98,11 @@ def imported_parts(names: set[str]) -> set[str]:
     }
 
 
+def part_of(path: str) -> str:
+    """Return the first level below quantplane_server that a module is in."""
+    return path.split("/")[0].removesuffix(".py")
+
+
 def used_of(part: str, names: set[str]) -> set[str]:
     """Return the modules of another slice that are imported."""
     found = set()
@@ -143,8 +149,14 @@ def test_nobody_imports_what_composes():
             assert not imported_parts(names) & COMPOSERS, path
 
 
-def test_only_the_demo_uses_the_client():
-    allowed = {"quantplane.v1"}
+def test_clients_know_nothing_of_the_server():
+    for path, names in modules():
+        if (client := part_of(path)) in CLIENTS:
+            assert imported_parts(names) <= {client}, path
+
+
+def test_only_clients_use_the_client():
+    allowed = {"quantplane.v1", "quantplane.ids", "quantplane.ids.new_id"}
     for path, names in modules():
         client = {
             name
@@ -153,13 +165,14 @@ def test_only_the_demo_uses_the_client():
             and name != "quantplane"
             and not name.startswith("quantplane.v1")
         }
-        if path != "demo.py":
+        if part_of(path) not in CLIENTS:
             assert client <= allowed, path
 
 
 def test_the_client_never_imports_the_server():
     for path in (ROOT / "client").rglob("*.py"):
-        assert "quantplane_server" not in path.read_text(), path
+        named = re.search(r"(import|from) +quantplane_server", path.read_text())
+        assert not named, path
 
 
 def test_only_its_owner_names_a_table():

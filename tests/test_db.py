@@ -57,10 +57,17 @@ async def test_the_schema_has_a_revision_once_it_is_migrated(server_dsn: str):
 async def test_connections_speak_utc(postgres_dsn: str):
     async with database(postgres_dsn) as dsn, opened(dsn) as db:
         async with db.connection() as connection:
-            await connection.execute("SET timezone = 'America/New_York'")
-        async with db.connection() as connection:
             assert await connection.fetchval("SHOW timezone") == "UTC"
             assert await connection.fetchval("SHOW application_name") == "quantplane"
+
+
+async def test_a_session_takes_its_locks_with_it(postgres_dsn: str):
+    lock = "SELECT pg_advisory_lock(1)"
+    async with database(postgres_dsn) as dsn, opened(dsn) as db:
+        async with db.session() as session:
+            await session.execute(lock)
+        async with asyncio.timeout(10), db.connection() as connection:
+            await connection.execute(lock)
 
 
 async def test_a_transaction_is_kept_at_its_end_and_undone_by_an_error(

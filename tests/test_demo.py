@@ -19,6 +19,8 @@ from quantplane.client import TARGET
 from quantplane_server import demo
 from quantplane_server.config import Settings
 from quantplane_server.main import recording, serving
+from quantplane_server.paper import broker as paper
+from quantplane_server.paper.book import Commission
 from tests.conftest import Server
 
 SYMBOLS = [each.symbol for each in demo.INSTRUMENTS]
@@ -90,15 +92,36 @@ def tasks_of_ours() -> list[asyncio.Task[object]]:
 
 
 async def view(target: str, width: int, height: int, log: demo.LogLines) -> list[str]:
-    """Return the lines of a view of a thousand quotes, each 1.5 ms old."""
+    """Return the lines of a view of a thousand quotes, each 1.5 ms old, and a fill."""
     market, screen = demo.Market(), io.StringIO()
     async with Client(target) as client:
         state = demo.Demo(client)
         for _ in range(1_000):
             now_ns = time.time_ns()
             state.take(market.quote(now_ns), now_ns + 1_500_000)
+        for number in range(3):
+            state.take_order(order_event("CREATED", number, pb.ORDER_STATUS_PENDING))
+        state.take_order(order_event("TRADE", 0, pb.ORDER_STATUS_FILLED))
+        state.take_portfolio(portfolio())
         Console(file=screen, width=width, height=height).print(demo.View(state, log))
     return screen.getvalue().splitlines()
+
+
+def order_event(
+    kind: str, number: int, status: pb.OrderStatus.ValueType
+) -> pb.OrderEvent:
+    order = pb.Order(order_id=str(number), status=status)
+    return pb.OrderEvent(type=f"ORDER_EVENT_TYPE_{kind}", order=order)
+
+
+def portfolio() -> pb.WatchPortfolioResponse:
+    positions = [
+        pb.Position(symbol="SPY", quantity=100, value=60_000, unrealized_pnl=-12.5),
+        pb.Position(symbol="NVDA", quantity=-500, value=-72_000, realized_pnl=1_250),
+        pb.Position(symbol="TSLA", realized_pnl=7),
+    ]
+    summary = pb.PortfolioSummary(total_pnl=1_244.5)
+    return pb.WatchPortfolioResponse(summary=summary, positions=positions)
 
 
 # --- the market ---------------------------------------------------------------
@@ -148,6 +171,41 @@ async def test_without_a_terminal_it_prints_a_status_line_a_second(
     assert re.fullmatch(r"demo: [\d,]+ quotes sent, [\d,]+ received in .*\n", summary)
 
 
+async def test_what_is_ordered_and_filled_is_counted(server: Server, client: Client):
+    screen = Screen()
+    broker = asyncio.create_task(paper.run(server.target, paper.Terms(Commission())))
+    async with running(server.target, plain(screen)):
+        await screen.until(flows)
+        order = pb.NewOrder(
+            client_order_id="1",
+            strategy_id="test",
+            symbol="SPY",
+            side=pb.SIDE_BUY,
+            order_type=pb.ORDER_TYPE_MARKET,
+            quantity=10,
+        )
+        await client.order.SubmitOrder(pb.SubmitOrderRequest(order=order))
+        text = await screen.until(lambda text: figure("fills", text) == 1)
+    broker.cancel()
+    assert figure("orders", text) > 0
+    assert figure("open orders", text) == 0
+
+
+async def test_the_demos_strategy_publishes_signals_and_trades_them(
+    server: Server, client: Client, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(demo, "FAST", 2)
+    monkeypatch.setattr(demo, "SLOW", 4)
+    screen = Screen()
+    trading = asyncio.create_task(demo.trade(server.target, int(time.time())))
+    async with running(server.target, plain(screen)):
+        await screen.until(lambda text: figure("open orders", text) >= 3)
+        listed = await client.signal.ListSignals(pb.ListSignalsRequest())
+    trading.cancel()
+    assert {signal.symbol for signal in listed.signals} <= set(demo.TRADED)
+    assert len(listed.signals) >= 3
+
+
 async def test_it_leaves_no_task_behind(server: Server):
     screen = Screen()
     async with running(server.target, plain(screen)):
@@ -170,7 +228,7 @@ async def test_it_goes_on_after_a_restart_of_the_server(settings: Settings):
             await stack.enter_async_context(running(target, plain(screen)))
             await screen.until(flows)
         async with serving(settings.model_copy(update={"listen": target})):
-            text = await screen.until(lambda text: "reconnects 2" in text)
+            text = await screen.until(lambda text: figure("reconnects", text) >= 4)
             accepted = figure("accepted", text)
             text = await screen.until(lambda text: figure("accepted", text) > accepted)
     assert figure("received", text) > 0
@@ -223,6 +281,15 @@ async def test_the_view_fits_a_small_terminal():
     assert set(shell + python) <= {line.rstrip() for line in lines}
 
 
+async def test_the_view_shows_orders_fills_and_profit_and_open_positions():
+    text = "\n".join(await view(TARGET, 80, 24, demo.LogLines()))
+    found = [re.search(rf"{name} +(\S+)", text) for name in ("fills", "open orders")]
+    assert [match and match[1] for match in found] == ["1", "2"]
+    assert re.search(r"orders +\d+\.\d/s", text)
+    assert re.search(r"P&L +\+1,244\.50", text)
+    assert "positions  NVDA -500 +1,250.00  SPY +100 -12.50" in text
+
+
 @pytest.mark.parametrize(("width", "height"), [(30, 8), (50, 20), (66, 24), (200, 60)])
 async def test_the_view_has_no_line_too_long(width: int, height: int):
     lines = await view(TARGET, width, height, demo.LogLines())
@@ -244,4 +311,10 @@ def test_the_default_target_is_left_out_of_the_connect_lines():
     assert "50051" not in str(demo.connect_lines(TARGET))
     shell, python = demo.connect_lines("10.0.0.7:50051")
     assert all(line.endswith(" --target 10.0.0.7:50051") for line in shell)
-    assert 'client = sync.Client("10.0.0.7:50051")' in python
+    assert python[0].endswith('client = sync.Client("10.0.0.7:50051")')
+
+
+def test_the_connect_lines_show_quotes_orders_and_the_portfolio():
+    shell, _ = demo.connect_lines(TARGET)
+    commands = [line.partition("quantplane ")[2] for line in shell]
+    assert commands == ["quotes watch SPY NVDA", "orders watch", "portfolio --watch"]

@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import asyncpg
 import grpc
 import pytest
+import redis.asyncio as redis
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -77,12 +78,20 @@ class Process:
         self.watches = Watches(self.bus)
 
     def stream(
-        self, *shelves: Shelf, heartbeat_s: int = 60, token: bytes = b""
+        self,
+        *shelves: Shelf,
+        heartbeat_s: int = 60,
+        token: bytes = b"",
+        refresh_s: float | None = None,
+        rest_s: float = 0,
     ) -> ShelfStream:
         names = [shelf.name for shelf in shelves]
         request = pb.WatchModelsRequest(ou_pair_ids=names, resume_token=token)
         request.heartbeat_interval.FromSeconds(heartbeat_s)
-        parts = [Part(shelf.name, [shelf.name], shelf.read) for shelf in shelves]
+        parts = [
+            Part(shelf.name, [shelf.name], shelf.read, refresh_s, rest_s)
+            for shelf in shelves
+        ]
         return ShelfStream(self.watches, TOKENS, request, parts)
 
     async def change(self, shelf: Shelf, **numbers: int) -> None:
@@ -222,6 +231,33 @@ async def test_a_change_that_nobody_announced_is_found(
     shelf = Shelf("s")
     messages, _ = await joined(process.stream(shelf))
     shelf.numbers["a"] = 1
+    assert numbers(await anext(messages)) == {"a": 1}
+
+
+@pytest.mark.usefixtures("no_refresh")
+async def test_a_state_may_choose_how_often_it_is_read_anyway(process: Process):
+    shelf = Shelf("s")
+    messages, _ = await joined(process.stream(shelf, refresh_s=0.05))
+    shelf.numbers["a"] = 1
+    assert numbers(await anext(messages)) == {"a": 1}
+
+
+async def test_a_state_rests_between_reads(process: Process):
+    shelf = Shelf("s")
+    messages, _ = await joined(process.stream(shelf, refresh_s=3600, rest_s=3600))
+    for number in range(3):
+        await process.change(shelf, a=number)
+        await process.caught_up()
+    assert shelf.reads == 1
+    await messages.aclose()
+
+
+async def test_what_was_announced_while_a_state_rested_is_read_after_it(
+    process: Process,
+):
+    shelf = Shelf("s")
+    messages, _ = await joined(process.stream(shelf, refresh_s=3600, rest_s=0.1))
+    await process.change(shelf, a=1)
     assert numbers(await anext(messages)) == {"a": 1}
 
 
@@ -478,13 +514,16 @@ async def test_a_read_that_hangs_for_long_is_given_up_and_tried_again(
 
 
 @pytest.mark.usefixtures("no_refresh")
-async def test_readers_outlast_errors_of_the_database(process: Process):
+@pytest.mark.parametrize("away", [ConnectionRefusedError, redis.ConnectionError])
+async def test_readers_outlast_errors_of_the_backends(
+    process: Process, away: type[Exception]
+):
     shelf = Shelf("s", a=1)
     readers = [(await joined(process.stream(shelf)))[0] for _ in range(3)]
-    shelf.error = ConnectionRefusedError()
+    shelf.error = away()
     await process.change(shelf, a=2)
     await process.caught_up()
-    with pytest.raises(ConnectionRefusedError):
+    with pytest.raises(away):
         await joined(process.stream(shelf))
     shelf.error = None
     for messages in readers:

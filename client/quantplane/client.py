@@ -16,6 +16,7 @@ from google.protobuf.descriptor_pool import Default as default_pool
 
 from quantplane import v1 as pb
 from quantplane.follow import Follower, Request, Response, StreamMethod
+from quantplane.keys import KeyFiller
 from quantplane.publish import QuotePublisher
 
 TARGET = "127.0.0.1:50051"
@@ -50,19 +51,27 @@ class Client:
 
     The target is QUANTPLANE_TARGET, or 127.0.0.1:50051, where none is given.
     Unary methods that are safe to repeat are retried while the server is away,
-    and end within 10 s; all others are called once.
+    and end within 10 s; all others are called once. An empty idempotency key is
+    filled before the first try, in a copy of the request: whoever repeats a call
+    after its error sets the key.
     """
 
     market_data: pb.MarketDataServiceStub
     options: pb.OptionsServiceStub
     model: pb.ModelServiceStub
+    signal: pb.SignalServiceStub
+    order: pb.OrderServiceStub
+    broker: pb.BrokerServiceStub
+    portfolio: pb.PortfolioServiceStub
     admin: pb.AdminServiceStub
 
     def __init__(self, target: str | None = None) -> None:
         self.target = target or os.environ.get("QUANTPLANE_TARGET") or TARGET
         config = json.dumps(service_config(service for service, _ in services()))
         self._channel = grpc.aio.insecure_channel(
-            self.target, [*OPTIONS, ("grpc.service_config", config)]
+            self.target,
+            [*OPTIONS, ("grpc.service_config", config)],
+            interceptors=[KeyFiller()],
         )
         self._streams: WeakSet[Follower[Any] | QuotePublisher] = WeakSet()
         for service, stub in services():

@@ -30,10 +30,14 @@ class Client:
     market_data: Service
     options: Service
     model: Service
+    signal: Service
+    order: Service
+    broker: Service
+    portfolio: Service
     admin: Service
 
     def __init__(self, target: str | None = None) -> None:
-        self._loop = _Loop()
+        self._loop = Loop()
         self._client = self._loop.run(_open(target))
         for service, _ in client.services():
             name = client.attribute_of(service)
@@ -68,7 +72,7 @@ class Client:
 class Service:
     """The methods of one service."""
 
-    def __init__(self, loop: _Loop, stub: Any) -> None:
+    def __init__(self, loop: Loop, stub: Any) -> None:
         self._loop = loop
         self._stub = stub
 
@@ -79,7 +83,7 @@ class Service:
 class Method:
     """A method of a service. Only unary ones can be called; others are followed."""
 
-    def __init__(self, loop: _Loop, asynchronous: Any) -> None:
+    def __init__(self, loop: Loop, asynchronous: Any) -> None:
         self._loop = loop
         self.asynchronous = asynchronous
 
@@ -93,7 +97,7 @@ class Method:
 class Follower:
     """As quantplane.follow.Follower, an ordinary iterator."""
 
-    def __init__(self, loop: _Loop, follower: follow.Follower[Any]) -> None:
+    def __init__(self, loop: Loop, follower: follow.Follower[Any]) -> None:
         self._loop = loop
         self._follower = follower
 
@@ -150,7 +154,7 @@ class Follower:
 class QuotePublisher:
     """As quantplane.publish.QuotePublisher, an ordinary context manager."""
 
-    def __init__(self, loop: _Loop, client: client.Client, feed: str | None) -> None:
+    def __init__(self, loop: Loop, client: client.Client, feed: str | None) -> None:
         self._loop = loop
         self._publisher = client.publish_quotes(feed)
 
@@ -203,7 +207,7 @@ class QuotePublisher:
         return self._publisher.reconnects
 
 
-class _Loop:
+class Loop:
     """An event loop in a thread."""
 
     def __init__(self) -> None:

@@ -318,7 +318,7 @@ class Bus:
 
     async def follow_entries(
         self,
-    ) -> AsyncIterator[tuple[str, int, Sequence[bytes]]]:
+    ) -> AsyncGenerator[tuple[str, int, Sequence[bytes]], None]:
         """Yield what is announced: the log, the first revision, the payloads."""
         async with self._redis.pubsub(ignore_subscribe_messages=True) as news:
             await news.subscribe(LOGGED)

@@ -69,9 +69,9 @@ class Checks:
             if request.HasField(field):
                 self(is_bound(getattr(request, field)), field, BOUND)
         if request.HasField("start_time") and request.HasField("end_time"):
-            start = request.start_time.ToNanoseconds()
-            end = request.end_time.ToNanoseconds()
-            self(start <= end, "end_time", "must not lie before start_time")
+            start, end = request.start_time, request.end_time
+            ordered = (start.seconds, start.nanos) <= (end.seconds, end.nanos)
+            self(ordered, "end_time", "must not lie before start_time")
 
     def page_size(self, request: Any) -> None:
         inside = 0 <= request.page_size <= MAX_PAGE

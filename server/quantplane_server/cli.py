@@ -4,12 +4,15 @@ import asyncio
 import logging
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
     asynccontextmanager,
+    nullcontext,
 )
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -28,6 +31,8 @@ from quantplane_server.embedded import EmbeddedError, Postgres, Valkey
 from quantplane_server.main import recording, serving
 from quantplane_server.market_data.queries import overdue_day_count
 from quantplane_server.migrate import SchemaOutdated, upgrade
+from quantplane_server.paper import broker as paper_broker
+from quantplane_server.paper.book import Commission
 from quantplane_server.processes import READY, Child
 from quantplane_server.rpc.health import check
 from quantplane_server.tasks import end
@@ -57,14 +62,21 @@ DataDir = Annotated[
     typer.Option("--data-dir", help="Where PostgreSQL and Valkey keep their data."),
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The backup.")]
+Target = Annotated[
+    str | None, typer.Option("--target", metavar="HOST:PORT", help="The server.")
+]
 UntilEof = Annotated[bool, typer.Option("--until-eof", hidden=True)]
 
 
 @app.command()
 def up(
     with_demo: Annotated[
-        bool, typer.Option("--demo", help="Add a simulated feed and a live view.")
+        bool,
+        typer.Option("--demo", help="Add a simulated feed, a strategy, a live view."),
     ] = False,
+    with_paper: Annotated[
+        bool, typer.Option("--paper/--no-paper", help="Add a paper broker.")
+    ] = True,
     ephemeral: Annotated[
         bool, typer.Option("--ephemeral", help="Keep nothing after the end.")
     ] = False,
@@ -72,9 +84,9 @@ def up(
     listen: Listen = None,
     workers: Workers = 1,
 ) -> None:
-    """Start everything: PostgreSQL, Valkey, migrations, the server."""
+    """Start everything: PostgreSQL, Valkey, migrations, the server, a paper broker."""
     settings = _settings(data_dir=data_dir, listen=listen)
-    _run(_up(settings, ephemeral, workers, with_demo))
+    _run(_up(settings, ephemeral, workers, with_demo, with_paper))
 
 
 @app.command()
@@ -99,6 +111,45 @@ def record(until_eof: UntilEof = False) -> None:
 
 
 @app.command()
+def paper(
+    target: Target = None,
+    symbols: Annotated[
+        list[str] | None,
+        typer.Option("--symbol", help="Only its orders; repeatable. None: all."),
+    ] = None,
+    commission_bps: Annotated[
+        float, typer.Option(help="Of the notional of a fill, in 1/100 percent.")
+    ] = 0.0,
+    commission_per_unit: Annotated[
+        float, typer.Option(help="Of a fill, in quote currency.")
+    ] = 0.0,
+    latency_ms: Annotated[
+        float, typer.Option(min=0, help="From a command to its effect.")
+    ] = 0.0,
+    until_eof: UntilEof = False,
+) -> None:
+    """Be a broker that fills orders at the market's quotes, with nobody's money."""
+    if commission_bps and commission_per_unit:
+        _fail("use one of --commission-bps and --commission-per-unit")
+    terms = paper_broker.Terms(
+        Commission(commission_bps, commission_per_unit),
+        latency_ms / 1e3,
+        symbols or (),
+    )
+    server = nullcontext(target or _settings().listen)
+    _run(_stay(server, until_eof, partial(paper_broker.run, terms=terms)))
+
+
+@app.command(hidden=True)
+def strategy(
+    started_s: int, target: Target = None, until_eof: UntilEof = False
+) -> None:
+    """Trade for the demo that started at this Unix time."""
+    server = nullcontext(target or _settings().listen)
+    _run(_stay(server, until_eof, partial(demo.trade, started_s=started_s)))
+
+
+@app.command()
 def migrate() -> None:
     """Bring the database's schema to what this server needs."""
     settings = _settings()
@@ -108,11 +159,7 @@ def migrate() -> None:
 
 
 @app.command()
-def health(
-    target: Annotated[
-        str | None, typer.Option("--target", metavar="HOST:PORT", help="The server.")
-    ] = None,
-) -> None:
+def health(target: Target = None) -> None:
     """Ask a running server whether it serves; exit with 1 if not."""
     status = _run(check(target or _settings().listen))
     print(status.lower())
@@ -161,7 +208,11 @@ def restore(
 
 
 async def _up(
-    settings: Settings, ephemeral: bool, workers: int, with_demo: bool
+    settings: Settings,
+    ephemeral: bool,
+    workers: int,
+    with_demo: bool,
+    with_paper: bool,
 ) -> None:
     async with AsyncExitStack() as stack:
         folder = None if ephemeral else settings.data_dir
@@ -174,7 +225,8 @@ async def _up(
         assert settings.postgres_dsn
         await upgrade(settings.postgres_dsn, settings.reference_dsn)
         beside = demo.run if with_demo else None
-        await _stay(_served(settings, workers), beside=beside)
+        served = _traded(settings, workers, with_paper, with_demo)
+        await _stay(served, beside=beside)
 
 
 @asynccontextmanager
@@ -212,6 +264,22 @@ async def _served(settings: Settings, workers: int) -> AsyncIterator[str]:
             worker = Child("serve", "--share-port", settings=settings)
             await stack.enter_async_context(worker.running())
         yield settings.listen
+
+
+@asynccontextmanager
+async def _traded(
+    settings: Settings, workers: int, with_paper: bool, with_strategy: bool
+) -> AsyncIterator[str]:
+    """Serve, with a paper broker and the demo's strategy if wanted."""
+    async with AsyncExitStack() as stack:
+        address = await stack.enter_async_context(_served(settings, workers))
+        commands = [["paper"]] if with_paper else []
+        if with_strategy:
+            commands.append(["strategy", str(int(time.time()))])
+        for command in commands:
+            child = Child(*command, "--target", address, settings=settings)
+            await stack.enter_async_context(child.running())
+        yield address
 
 
 async def _stay(

@@ -52,7 +52,7 @@ class Coalescer(Generic[Item, Result]):
     async def close(self) -> None:
         """Return once everything that was taken is done."""
         if self._task:
-            await self._task
+            await asyncio.wait([self._task])
 
     async def _run(self) -> None:
         while self._waiting:
@@ -62,10 +62,13 @@ class Coalescer(Generic[Item, Result]):
             )
             try:
                 results = await self._work(list(items))
-            except Exception as error:
-                for future in futures:
-                    future.set_exception(error)
-                    future.exception()  # nobody may be there to retrieve it
-            else:
                 for future, result in zip(futures, results, strict=True):
                     future.set_result(result)
+            except Exception as error:
+                for future in futures:
+                    if not future.done():
+                        future.set_exception(error)
+                        future.exception()  # nobody may be there to retrieve it
+            finally:
+                for future in futures:
+                    future.cancel()  # where neither came: this task is cancelled

@@ -43,6 +43,8 @@ VERSION_TABLES = {
 # off.
 RESTORING = "quantplane_restoring"
 
+LOST = "the connection was lost"
+
 
 class Edition(StrEnum):
     """What the database can do, from the least to the most."""
@@ -55,6 +57,17 @@ class Edition(StrEnum):
 
     COMMUNITY = "community"
     """All of TimescaleDB."""
+
+
+class _Connection(asyncpg.Connection):  # type: ignore[misc]
+    """A connection of the pool."""
+
+    def get_reset_query(self) -> str:
+        """Return nothing: no round trip when it is given back.
+
+        Nobody leaves anything behind but a `session`, which does not give it back.
+        """
+        return ""
 
 
 class Database:
@@ -81,6 +94,7 @@ class Database:
             min_size=0,  # a floor would be tried, and logged, while PostgreSQL is away
             max_size=pool_size,
             timeout=acquire_timeout_s,
+            connection_class=_Connection,
             server_settings={"timezone": "UTC", "application_name": "quantplane"},
         )
         try:
@@ -97,15 +111,30 @@ class Database:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """A connection in autocommit mode: each statement is its own transaction."""
-        async with self._pool.acquire(timeout=self._acquire_timeout_s) as connection:
+        try:
+            async with self._pool.acquire(
+                timeout=self._acquire_timeout_s
+            ) as connection:
+                try:
+                    yield connection
+                except asyncpg.InterfaceError as error:
+                    # asyncpg raises it for a caller's mistake too, which no later try
+                    # would mend.
+                    if _lost(connection):
+                        raise ConnectionResetError(LOST) from error
+                    raise
+        except asyncpg.InternalClientError as error:
+            # PostgreSQL said that it ends the connection, and has not closed it yet.
+            raise ConnectionResetError(LOST) from error
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Connection]:
+        """A connection that is closed at the end, and its advisory locks with it."""
+        async with self.connection() as connection:
             try:
                 yield connection
-            except asyncpg.InterfaceError as error:
-                # asyncpg raises it for a caller's mistake too, which no later try
-                # would mend.
-                if _lost(connection):
-                    raise ConnectionResetError("the connection was lost") from error
-                raise
+            finally:
+                connection.terminate()
 
     @asynccontextmanager
     async def transaction(

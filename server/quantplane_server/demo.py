@@ -1,6 +1,6 @@
-"""The demo: a simulated feed, a follower of it, and a live view of both.
+"""The demo: a simulated feed, a strategy that trades it, and a live view of it all.
 
-Feed and follower are ordinary clients; nothing here knows how the server works.
+Everything here is an ordinary client; nothing knows how the server works.
 """
 
 import asyncio
@@ -12,12 +12,12 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
 from rich.console import Console, ConsoleOptions
@@ -28,6 +28,7 @@ from quantplane import Client
 from quantplane import v1 as pb
 from quantplane.client import TARGET
 from quantplane.errors import describe
+from quantplane.examples.moving_average import MovingAverageCross, Parameters
 
 SEED = 7
 QUOTES_PER_S, BATCHES_PER_S = 200, 40
@@ -42,6 +43,9 @@ HOLDS = {
     pb.HOLD_REASON_BUS_FULL: "bus full",
     pb.HOLD_REASON_BUS_UNAVAILABLE: "bus away",
 }
+LIVE = (pb.ORDER_STATUS_PENDING, pb.ORDER_STATUS_OPEN)
+TRADED = ("SPY", "NVDA")
+FAST, SLOW = 30, 150  # quotes, of the strategy's averages
 FIGURES = [16, 20, 20, 16]  # characters of a name and its value, in each group
 COLUMNS = [  # name, characters, and how wide a terminal is to show it
     *(("symbol", 8, 0), ("bid", 10, 0), ("size", 6, 66), ("ask", 10, 0)),
@@ -173,8 +177,15 @@ class Demo:
         self._publisher = client.publish_quotes(feed="demo")
         request = pb.StreamQuotesRequest(symbols=[each.symbol for each in INSTRUMENTS])
         self._follower = client.follow(client.market_data.StreamQuotes, request)
-        self._sent = self._received = self._conflated = 0
-        self._sending, self._latency_ms = Window(), Window()
+        self._orders = client.follow(client.order.WatchOrders, pb.WatchOrdersRequest())
+        self._portfolio = client.follow(
+            client.portfolio.WatchPortfolio, pb.WatchPortfolioRequest()
+        )
+        self._sent = self._received = self._conflated = self._fills = 0
+        self._sending, self._latency_ms, self._ordering = Window(), Window(), Window()
+        self._live: set[str] = set()  # orders
+        self._profit = 0.0
+        self.positions: dict[str, pb.Position] = {}
 
     @property
     def uptime(self) -> timedelta:
@@ -197,6 +208,9 @@ class Demo:
                     self._sending.add()
                 self._sent += count
 
+    def followers(self) -> list[Coroutine[Any, Any, None]]:
+        return [self.follow(), self.follow_orders(), self.follow_portfolio()]
+
     async def follow(self) -> None:
         """Take what is published, until cancelled."""
         async for response in self._follower:
@@ -217,30 +231,65 @@ class Demo:
             self.rows[quote.symbol] = Row(quote)
         self.rows[quote.symbol].take(quote)
 
+    async def follow_orders(self) -> None:
+        """Count what becomes of orders, until cancelled."""
+        async for response in self._orders:
+            if response.event.HasField("gap"):
+                self._live.clear()  # a snapshot follows
+            self._live.update(order.order_id for order in response.orders)
+            for event in response.events:
+                self.take_order(event)
+
+    def take_order(self, event: pb.OrderEvent) -> None:
+        if event.order.status in LIVE:
+            self._live.add(event.order.order_id)
+        else:
+            self._live.discard(event.order.order_id)
+        if event.type == pb.ORDER_EVENT_TYPE_CREATED:
+            self._ordering.add()
+        self._fills += event.type == pb.ORDER_EVENT_TYPE_TRADE
+
+    async def follow_portfolio(self) -> None:
+        """Keep the positions of the account, until cancelled."""
+        async for response in self._portfolio:
+            self.take_portfolio(response)
+
+    def take_portfolio(self, response: pb.WatchPortfolioResponse) -> None:
+        if response.HasField("summary"):
+            self._profit = response.summary.total_pnl
+        for position in response.positions:
+            self.positions[position.symbol] = position
+
     def figures(self) -> list[tuple[str, str]]:
-        """Return (name, value) of what tells how it goes, in groups of three."""
+        """Return (name, value) of what tells how it goes, in groups of four."""
         accepted = self._publisher.accepted_through
         durable = self._publisher.durable_through
-        reconnects = self._publisher.reconnects + self._follower.reconnects
+        followers = (self._follower, self._orders, self._portfolio)
+        reconnects = sum(each.reconnects for each in (self._publisher, *followers))
         return [
             ("in", f"{self._sending.per_second():,.0f}/s"),
             ("received", f"{self._latency_ms.per_second():,.0f}/s"),
             ("conflated", f"{self._conflated:,}"),
+            ("orders", f"{self._ordering.per_second():,.1f}/s"),
             ("latency p50", _duration(self._latency_ms.quantile(0.5))),
             ("latency p99", _duration(self._latency_ms.quantile(0.99))),
             ("latency max", _duration(self._latency_ms.quantile(1))),
+            ("fills", f"{self._fills:,}"),
             ("accepted", f"{accepted:,}"),
             ("durable", f"{durable:,}"),
             ("recorder lag", f"{accepted - durable:,}"),
+            ("open orders", f"{len(self._live):,}"),
             ("reconnects", f"{reconnects}"),
-            ("gaps", f"{self._follower.gaps}"),
+            ("gaps", f"{sum(follower.gaps for follower in followers)}"),
             ("hold", HOLDS.get(self._publisher.hold, "yes")),
+            ("P&L", f"{self._profit:+,.2f}"),
         ]
 
     def summary(self) -> str:
         return (
             f"demo: {self._sent:,} quotes sent, {self._received:,} received in "
-            f"{self.uptime}; {self._conflated:,} conflated, {self._follower.gaps} gaps"
+            f"{self.uptime}; {self._conflated:,} conflated, {self._follower.gaps} gaps;"
+            f" {self._fills:,} fills, P&L {self._profit:+,.2f}"
         )
 
 
@@ -284,8 +333,8 @@ class View:
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[Text]:
         width = options.max_width
-        above = [self._title(width), _rule(width), *self._table(width), _rule(width)]
-        above += self._figures(width)
+        above = [self._title(width), *self._table(width), _rule(width)]
+        above += [*self._figures(width), self._positions()]
         below = _footer(self._demo.target, width)
         room = max(1, console.height - len(above) - len(below))
         log = [
@@ -326,11 +375,22 @@ class View:
         abreast = 4 if width >= sum(FIGURES) + 6 else 2
         gap = Text(" " * max(2, min((width - sum(FIGURES)) // 3, 6)))
         for first in range(0, 4, abreast):
-            for line in range(3):
+            for line in range(4):
                 yield gap.join(
-                    _figure(*figures[3 * group + line], FIGURES[group])
+                    _figure(*figures[4 * group + line], FIGURES[group])
                     for group in range(first, first + abreast)
                 )
+
+    def _positions(self) -> Text:
+        """Show the open ones, the largest first; what has no room is cut off."""
+        positions = [each for each in self._demo.positions.values() if each.quantity]
+        line = Text("positions", "dim", overflow="ellipsis")
+        for each in sorted(positions, key=lambda p: abs(p.value), reverse=True):
+            profit = each.realized_pnl + each.unrealized_pnl
+            line.append(f"  {each.symbol}", "bold")
+            line.append(f" {each.quantity:+,.0f}", "")
+            line.append(f" {profit:+,.2f}", _colour(profit))
+        return line
 
 
 def _cells(instrument: Instrument, row: Row) -> list[tuple[str, str]]:
@@ -379,10 +439,10 @@ def connect_lines(target: str) -> tuple[list[str], list[str]]:
     option, argument = ("", "") if known else (f" --target {target}", f'"{target}"')
     return [
         f"{command} quotes watch SPY NVDA{option}",
-        f"{command} bars SPY --interval 10s{option}",
+        f"{command} orders watch{option}",
+        f"{command} portfolio --watch{option}",
     ], [
-        "from quantplane import sync, v1 as pb",
-        f"client = sync.Client({argument})",
+        f"from quantplane import sync, v1 as pb; client = sync.Client({argument})",
         'client.market_data.GetLatestQuotes(pb.GetLatestQuotesRequest(symbols=["SPY"]))',
     ]
 
@@ -420,7 +480,7 @@ async def run(target: str, console: Console | None = None) -> None:
     """Run the demo against the server at `target` until cancelled.
 
     On a terminal it fills the screen; elsewhere it prints a line a second. Raises
-    RuntimeError if the server refuses the feed or the follower.
+    RuntimeError if the server refuses the feed or a follower.
     """
     if console is None:
         console = Console(force_interactive=None if sys.stdout.isatty() else False)
@@ -428,15 +488,37 @@ async def run(target: str, console: Console | None = None) -> None:
     async with Client(target) as client:
         demo = Demo(client)
         try:
-            async with asyncio.TaskGroup() as group:
-                for work in (demo.feed(), demo.follow(), show(demo, console)):
-                    group.create_task(work)
-        except* grpc.aio.AioRpcError as refused:
-            error = refused.exceptions[0]
-            assert isinstance(error, grpc.aio.AioRpcError)
-            raise RuntimeError(f"the demo was refused: {describe(error)}") from None
+            with _in_words("the demo"):
+                async with asyncio.TaskGroup() as group:
+                    for work in (demo.feed(), *demo.followers(), show(demo, console)):
+                        group.create_task(work)
         finally:
             _print(console, demo.summary())
+
+
+async def trade(target: str, started_s: int) -> None:
+    """Run the strategy of the demo that started at this Unix time, until cancelled.
+
+    Raises RuntimeError if the server refuses it.
+    """
+    start = datetime.fromtimestamp(started_s, UTC)
+    parameters = Parameters(
+        *(TRADED, start, FAST, SLOW), strategy_id=f"demo {start:%Y-%m-%d %H:%M:%S}"
+    )
+    async with Client(target) as client:
+        with _in_words("the demo's strategy"):
+            await MovingAverageCross(client, parameters).run()
+
+
+@contextmanager
+def _in_words(who: str) -> Iterator[None]:
+    """Turn a server's refusal of one of several tasks into a RuntimeError."""
+    try:
+        yield
+    except* grpc.aio.AioRpcError as refused:
+        error = refused.exceptions[0]
+        assert isinstance(error, grpc.aio.AioRpcError)
+        raise RuntimeError(f"{who} was refused: {describe(error)}") from None
 
 
 async def _draw(demo: Demo, console: Console) -> None:

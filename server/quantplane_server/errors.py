@@ -186,7 +186,11 @@ class OrderTerminal(QuantplaneError):
     reason = pb.ERROR_REASON_ORDER_TERMINAL
 
     def __init__(self, status: str, event: str) -> None:
-        super().__init__(f"the order is {status}: no {event}", status=status)
+        super().__init__(
+            f"the order is {status} and can't take {event}: it is over",
+            status=status,
+            event=event,
+        )
 
 
 class IllegalTransition(QuantplaneError):

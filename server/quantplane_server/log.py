@@ -12,8 +12,8 @@ followers hurry; a follower that sees a hole, or nothing for a second, reads the
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from datetime import datetime
 from hashlib import blake2b
 from itertools import islice
@@ -32,13 +32,15 @@ from quantplane_server.fanout import varint
 logger = logging.getLogger(__name__)
 
 CHECK_BYTES = 8
-PAGE = 1_000  # entries read in one statement
+PAGE = 1_000  # entries that a reader is given at a time
+PAGE_BYTES = 256 << 10  # of them; the last one may be over it
 KEPT = 4_096  # entries that a process remembers of a log
 KEPT_BYTES = 16 << 20
 POLL_S = 1.0
 RETRY_S = 0.5
-OUTBOX = 1_000  # appends that wait to be told; more are left to the followers' polls
+OUTBOX_BYTES = 16 << 20  # that wait to be told; more is left to the followers' polls
 TRIM_ROWS = 10_000  # deleted in a statement
+TRIMS = 20  # statements per log and run
 REVISION = b"\x08"  # the tag of field 1, which every event has for its revision
 
 
@@ -59,6 +61,10 @@ class Position(NamedTuple):
     check: bytes  # of that entry's payload: another history has another one
 
 
+NOTHING = bytes(CHECK_BYTES)  # the check where there is no entry
+START = Position(0, NOTHING)
+
+
 class Entry:
     """An event as it stands in the log; one object for all readers of a process."""
 
@@ -68,9 +74,6 @@ class Entry:
         self.position = Position(revision, check_of(payload))
         self.wire = payload + REVISION + varint(revision)
         self.message: Any = kind.FromString(self.wire)
-
-
-START = Position(0, bytes(CHECK_BYTES))
 
 
 def check_of(payload: bytes) -> bytes:
@@ -83,7 +86,8 @@ def check_of(payload: bytes) -> bytes:
 async def append(conn: Connection, log: str, events: Sequence[Event]) -> int:
     """Append events as the last statement of a transaction; return the first revision.
 
-    Who appends to several logs does so in the order of their names.
+    There is at least one event. Who appends to several logs does so in the order of
+    their names.
     """
     columns = zip(*events, strict=True)
     first: int = await conn.fetchval(
@@ -121,50 +125,94 @@ async def head(conn: Connection, log: str) -> Position:
         """,
         log,
     )
-    if row is None or not row["revision"]:
+    if row is None:
         return START
-    return Position(row["revision"], check_of(row["payload"]))
+    revision, payload = row
+    return Position(revision, NOTHING if payload is None else check_of(payload))
 
 
-async def read(
-    conn: Connection, log: str, after: int, limit: int
-) -> list[tuple[int, bytes]]:
-    """Return (revision, payload) of the first entries behind a revision."""
+async def read(conn: Connection, log: str, after: Position) -> list[tuple[int, bytes]]:
+    """Return (revision, payload) of the next entries, at most a page.
+
+    Raises Compacted unless the log goes on, unbroken, from this position. To tell, the
+    entry that is there is read again.
+    """
     rows = await conn.fetch(
         """
-        SELECT revision, payload FROM event_log
-         WHERE log = $1 AND revision > $2 ORDER BY revision LIMIT $3
+        SELECT revision, payload
+          FROM (SELECT revision, payload,
+                       sum(octet_length(payload)) FILTER (WHERE revision > $2)
+                       OVER (ORDER BY revision
+                             ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes
+                  FROM event_log WHERE log = $1 AND revision >= $2
+                 ORDER BY revision LIMIT $3) AS entry
+         WHERE coalesce(bytes, 0) < $4 ORDER BY revision
         """,
         log,
-        after,
-        limit,
+        after.revision,
+        PAGE + 1,
+        PAGE_BYTES,
     )
-    return [(row["revision"], row["payload"]) for row in rows]
+    entries = [(row["revision"], row["payload"]) for row in rows]
+    there = NOTHING
+    if entries and entries[0][0] == after.revision:
+        there = check_of(entries.pop(0)[1])
+    if there != after.check and (there != NOTHING or not entries):
+        raise Compacted(GAP_CAUSE_LOG_RESTORED)
+    if there != after.check or (entries and entries[0][0] != after.revision + 1):
+        raise Compacted(GAP_CAUSE_COMPACTED, oldest=entries[0][0])
+    return entries[:PAGE]
 
 
 async def trim(conn: Connection, log: str, since: datetime) -> int:
-    """Delete the oldest entries from before a time, but never the last one.
+    """Delete the oldest entries from before a time, at most TRIM_ROWS; return how many.
 
-    At most TRIM_ROWS; return how many. What is left has no holes.
+    The last of them stays, so that who has all of them can go on. What is left has no
+    holes.
     """
     tag = await conn.execute(
         """
         WITH oldest AS (
             SELECT revision, time FROM event_log
-             WHERE log = $1 ORDER BY revision LIMIT $3
-        ), kept AS (
-            SELECT min(revision) AS revision FROM oldest WHERE time >= $2
-            UNION ALL SELECT max(revision) + 1 FROM oldest
-            UNION ALL SELECT revision FROM log_head WHERE log = $1
+             WHERE log = $1 ORDER BY revision LIMIT $3 + 1
         )
         DELETE FROM event_log
-         WHERE log = $1 AND revision < (SELECT min(revision) FROM kept)
+         WHERE log = $1
+           AND revision < (SELECT coalesce(min(revision) FILTER (WHERE time >= $2) - 1,
+                                           max(revision))
+                             FROM oldest)
         """,
         log,
         since,
         TRIM_ROWS,
     )
     return int(tag.rpartition(" ")[2])
+
+
+async def trim_logs(db: Database, since: datetime | None) -> str:
+    """Trim every log, a bounded part per run; return what was removed, for people.
+
+    Without `since` all is kept.
+    """
+    if since is None:
+        return "kept without end"
+    async with db.connection() as conn:
+        logs = await conn.fetch("SELECT log FROM log_head ORDER BY log")
+        trimmed = {log: await _trim(conn, log, since) for (log,) in logs}
+    told = [
+        f"{log}: {entries:,} entries" for log, entries in trimmed.items() if entries
+    ]
+    return ", ".join(told) or "nothing to remove"
+
+
+async def _trim(conn: Connection, log: str, since: datetime) -> int:
+    entries = 0
+    for _ in range(TRIMS):
+        trimmed = await trim(conn, log, since)
+        entries += trimmed
+        if trimmed < TRIM_ROWS:
+            break
+    return entries
 
 
 # --- Following ----------------------------------------------------------------------
@@ -178,7 +226,7 @@ class Tail:
         self._db = db
         self._log = log
         self._kind = kind
-        self._head = -1  # the last revision seen here; -1: none yet
+        self._start: Position | None = None  # of what is kept; None: to be found
         self._kept: deque[Entry] = deque()
         self._kept_bytes = 0
         self._stale = asyncio.Event()
@@ -188,78 +236,99 @@ class Tail:
         self._task.cancel()
 
     def push(self, first: int, payloads: Sequence[bytes]) -> None:
-        """Take what was committed, if nothing is missing before it."""
-        if self._head < 0 or first > self._head + 1 or not payloads:
-            self._stale.set()  # read what is missing
-            return
-        for revision, payload in enumerate(payloads, first):
-            if revision > self._head:
-                self._keep(Entry(self._kind, revision, payload))
-        self._ring()
+        """Take what was committed if it is the next, else read what is missing."""
+        end = self._end
+        if end and payloads and first == end.revision + 1:
+            self._keep(enumerate(payloads, first))
+        elif not payloads or not self._has(first + len(payloads) - 1, payloads[-1]):
+            self._stale.set()
 
     async def read(self, after: Position) -> list[Entry]:
-        """Return the next entries; none at the end of the log. Raises Compacted."""
-        if after.revision >= self._head >= 0:
-            return []
-        if self._kept and after.revision >= self._kept[0].position.revision - 1:
-            oldest = self._kept[0].position.revision
-            skipped = after.revision + 1 - oldest
-            return list(islice(self._kept, skipped, skipped + PAGE))
+        """Return the next entries, at most a page; none at the end of the log.
+
+        Raises Compacted unless the log goes on, unbroken, from this position.
+        """
+        kept = self._kept_through(after)
+        if kept is not None:
+            return _page(islice(self._kept, kept, None))
         async with self._db.connection() as conn:
-            rows = await read(conn, self._log, after.revision, PAGE)
-        if rows and rows[0][0] != after.revision + 1:
-            raise Compacted(GAP_CAUSE_COMPACTED, oldest=rows[0][0])
+            rows = await read(conn, self._log, after)
         return [Entry(self._kind, *row) for row in rows]
 
-    async def verify(self, position: Position) -> None:
-        """Raise Compacted unless the log goes on, unbroken, from this position."""
-        async with self._db.connection() as conn:
-            before = await read(conn, self._log, position.revision - 1, 1)
-            end = await head(conn, self._log)
-        if position.revision > end.revision:
-            raise Compacted(GAP_CAUSE_LOG_RESTORED, oldest=end.revision)
-        if not before or position == START:
-            return
-        ((revision, payload),) = before
-        if revision > position.revision + 1:
-            raise Compacted(GAP_CAUSE_COMPACTED, oldest=revision)
-        if revision == position.revision and check_of(payload) != position.check:
-            raise Compacted(GAP_CAUSE_LOG_RESTORED, oldest=revision)
+    @property
+    def _end(self) -> Position | None:
+        return self._kept[-1].position if self._kept else self._start
+
+    def _has(self, revision: int, payload: bytes) -> bool:
+        return self._kept_through(Position(revision, check_of(payload))) is not None
+
+    def _kept_through(self, position: Position) -> int | None:
+        """Return how many of those kept reach to a position; None: it is not here."""
+        if not self._start:
+            return None
+        number = position.revision - self._start.revision
+        if not 0 <= number <= len(self._kept):
+            return None
+        here = self._kept[number - 1].position if number else self._start
+        return number if here == position else None
 
     async def _follow(self) -> None:
-        while True:
+        while self.bells:
             self._stale.clear()
             try:
                 await self._catch_up()
             except databases.UNAVAILABLE as error:
                 logger.warning("the log can't be read, trying again: %r", error)
                 await asyncio.sleep(RETRY_S)
+                continue
             except Exception:
                 logger.exception("following the log failed, trying again")
                 await asyncio.sleep(RETRY_S)
+                continue
             with suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
                     await self._stale.wait()
 
     async def _catch_up(self) -> None:
         async with self._db.connection() as conn:
-            if self._head < 0:
-                self._head = (await head(conn, self._log)).revision
-            while rows := await read(conn, self._log, self._head, PAGE):
-                self.push(rows[0][0], [payload for _, payload in rows])
-                if len(rows) < PAGE:
-                    break
+            try:
+                while self._end and (rows := await read(conn, self._log, self._end)):
+                    self._keep(rows)
+            except Compacted:  # each reader learns from its own position what it misses
+                self._start = None
+                self._kept.clear()
+                self._kept_bytes = 0
+            if not self._start:
+                self._start = await head(conn, self._log)
+                self._ring()
 
-    def _keep(self, entry: Entry) -> None:
-        self._head = entry.position.revision
-        self._kept.append(entry)
-        self._kept_bytes += len(entry.wire)
-        while len(self._kept) > KEPT or self._kept_bytes > KEPT_BYTES:
-            self._kept_bytes -= len(self._kept.popleft().wire)
+    def _keep(self, rows: Iterable[tuple[int, bytes]]) -> None:
+        for revision, payload in rows:
+            if not self._end or revision <= self._end.revision:
+                continue  # pushed while it was read
+            entry = Entry(self._kind, revision, payload)
+            self._kept.append(entry)
+            self._kept_bytes += len(entry.wire)
+            while len(self._kept) > KEPT or self._kept_bytes > KEPT_BYTES:
+                oldest = self._kept.popleft()
+                self._kept_bytes -= len(oldest.wire)
+                self._start = oldest.position
+        self._ring()
 
     def _ring(self) -> None:
         for ring in self.bells:
             ring()
+
+
+def _page(entries: Iterable[Entry]) -> list[Entry]:
+    page: list[Entry] = []
+    size = 0
+    for entry in islice(entries, PAGE):
+        page.append(entry)
+        size += len(entry.wire)
+        if size >= PAGE_BYTES:
+            break
+    return page
 
 
 class Logs:
@@ -272,22 +341,25 @@ class Logs:
         self._bus = bus
         self._kinds = kinds  # what each log consists of
         self._tails: dict[str, Tail] = {}
-        self._outbox: deque[tuple[str, int, Sequence[bytes]]] = deque(maxlen=OUTBOX)
+        self._outbox: deque[tuple[str, int, Sequence[bytes]]] = deque()
+        self._outbox_bytes = 0
         self._posted = asyncio.Event()
 
     async def run(self) -> None:
         """Tell other processes what is committed here, and hear them."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._tell())
-            group.create_task(self._hear())
+        work = _again(self._tell), _again(self._hear)
+        await asyncio.gather(*work, return_exceptions=True)  # hands every cancel on
 
     def committed(self, log: str, first: int, events: Sequence[Event]) -> None:
         """Hand on what was just committed. Never waits: it is only a hurry."""
         payloads = [event.payload for event in events]
         if tail := self._tails.get(log):
             tail.push(first, payloads)
-        self._outbox.append((log, first, payloads))
-        self._posted.set()
+        size = sum(map(len, payloads))
+        if self._outbox_bytes + size <= OUTBOX_BYTES:
+            self._outbox.append((log, first, payloads))
+            self._outbox_bytes += size
+            self._posted.set()
 
     @contextmanager
     def following(self, log: str, ring: Callable[[], None]) -> Iterator[Tail]:
@@ -305,24 +377,30 @@ class Logs:
                 tail.close()
 
     async def _tell(self) -> None:
+        self._outbox.clear()  # the bus was away, so the followers poll
+        self._outbox_bytes = 0
         while True:
             await self._posted.wait()
             self._posted.clear()
             while self._outbox:
-                try:
-                    await self._bus.announce_entries(*self._outbox.popleft())
-                except buses.UNAVAILABLE:
-                    self._outbox.clear()  # the followers poll
-                    await asyncio.sleep(RETRY_S)
+                log, first, payloads = self._outbox.popleft()
+                self._outbox_bytes -= sum(map(len, payloads))
+                await self._bus.announce_entries(log, first, payloads)
 
     async def _hear(self) -> None:
-        while True:
-            try:
-                async for log, first, payloads in self._bus.follow_entries():
-                    if tail := self._tails.get(log):
-                        tail.push(first, payloads)
-            except buses.UNAVAILABLE as error:
-                logger.warning("the bus is away, trying again: %s", error)
-            except Exception:
-                logger.exception("following the logs failed, trying again")
-            await asyncio.sleep(RETRY_S)
+        async with aclosing(self._bus.follow_entries()) as news:
+            async for log, first, payloads in news:
+                if tail := self._tails.get(log):
+                    tail.push(first, payloads)
+
+
+async def _again(work: Callable[[], Awaitable[None]]) -> None:
+    """Do what needs the bus, again and again."""
+    while True:
+        try:
+            await work()
+        except buses.UNAVAILABLE as error:
+            logger.warning("the bus is away, trying again: %s", error)
+        except Exception:
+            logger.exception("telling or following the logs failed, trying again")
+        await asyncio.sleep(RETRY_S)

@@ -68,14 +68,13 @@ class LogStream:
             beat_at = self._now() + self._heartbeat_s
             while not self._draining:
                 self._wake.clear()
-                if entries := await tail.read(self._position):
-                    self._position = entries[-1].position
-                    if data := self.data(entries):
-                        yield data + self._sealed()
+                before = self._position
+                if data := self._taken(await tail.read(before)):
+                    yield data + self._sealed()
                 if self._now() >= beat_at:
                     beat_at = self._now() + self._heartbeat_s
                     yield self._sealed(event=heartbeat())
-                if not entries:
+                if self._position == before:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(beat_at - self._now()):
                             await self._wake.wait()
@@ -86,7 +85,7 @@ class LogStream:
         subscribed = pb.StreamEvent(subscribed=pb.Subscribed())
         if self._resume_token:
             self._position = self._opened()
-            await tail.verify(self._position)
+            await tail.read(self._position)  # can it go on? refuse it here if not
             yield self.response(event=subscribed).SerializeToString()
         else:
             async with self._db.transaction("repeatable_read", readonly=True) as conn:
@@ -97,6 +96,13 @@ class LogStream:
                 yield response.SerializeToString()
         complete = pb.StreamEvent(snapshot_complete=pb.SnapshotComplete())
         yield self._sealed(event=complete)
+
+    def _taken(self, entries: Sequence[Entry]) -> bytes:
+        """Move on behind these; return what is wanted of them."""
+        if not entries:
+            return b""
+        self._position = entries[-1].position
+        return self.data(entries)
 
     def _opened(self) -> Position:
         payload = self._tokens.open(self._purpose, self._resume_token)

@@ -26,16 +26,27 @@ from quantplane_server.constraints import refusal
 from quantplane_server.db import Database
 from quantplane_server.errors import BackendUnavailable, QuantplaneError
 from quantplane_server.fanout import Fanout
+from quantplane_server.log import Logs, trim_logs
 from quantplane_server.market_data.daily import aggregate_days
+from quantplane_server.market_data.latest import LatestQuotes
 from quantplane_server.market_data.queries import pending_day_count
 from quantplane_server.market_data.recorder import Recorder
 from quantplane_server.market_data.service import MarketDataService
 from quantplane_server.migrate import check_current
 from quantplane_server.models.service import ModelService
 from quantplane_server.options.service import OptionsService
+from quantplane_server.orders import expiry as orders
+from quantplane_server.orders.audit import order_drifts
+from quantplane_server.orders.broker import BrokerService
+from quantplane_server.orders.service import OrderService
+from quantplane_server.orders.writer import Writer
+from quantplane_server.portfolio.service import PortfolioService
+from quantplane_server.portfolio.snapshots import Snapshots
 from quantplane_server.rpc.errors import errors_to_status
 from quantplane_server.rpc.health import Check, Health
 from quantplane_server.rpc.interceptor import Interceptor
+from quantplane_server.signals import expiry as signals
+from quantplane_server.signals.service import SignalService
 from quantplane_server.streams import Streams
 from quantplane_server.tasks import end
 from quantplane_server.tokens import Tokens
@@ -46,11 +57,17 @@ logger = logging.getLogger(__name__)
 # What each service can't do without. Publishing and streaming quotes go on without
 # the database, since the bus buffers; without the bus, changes are only told late.
 NEEDS = {
-    "quantplane.v1.MarketDataService": ["bus"],
-    "quantplane.v1.OptionsService": ["db"],
-    "quantplane.v1.ModelService": ["db"],
-    "quantplane.v1.AdminService": ["db"],
+    "MarketDataService": ["bus"],
+    "OptionsService": ["db"],
+    "ModelService": ["db"],
+    "SignalService": ["db"],
+    "OrderService": ["db"],
+    "BrokerService": ["db"],
+    "PortfolioService": ["db", "bus"],
+    "AdminService": ["db"],
 }
+PACKAGE = rpc.Quote.DESCRIPTOR.file.package
+LOGS = {"orders": rpc.OrderEvent, "signals": rpc.SignalEvent}
 STOP_S = 2.0  # beyond the grace, for what does not end by itself
 
 OPTIONS = [
@@ -76,11 +93,26 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
         fanout = Fanout(bus)
         stack.callback(fanout.close)
         watches = Watches(bus)
+        logs = Logs(db, bus, LOGS)
         streams = Streams(settings.max_streams)
+        quotes = LatestQuotes(bus, db)
+        writer = Writer(db, reference, logs, watches, quotes)
+        stack.push_async_callback(writer.close)
         market_data = MarketDataService(bus, fanout, db, tokens, streams)
-        options = OptionsService(db, watches, tokens, streams)
-        models = ModelService(db, watches, tokens, streams)
-        admin = AdminService(db, reference, bus, _tasks(), pending_day_count)
+        servicers = {
+            "MarketDataService": market_data,
+            "OptionsService": OptionsService(db, watches, tokens, streams),
+            "ModelService": ModelService(db, watches, tokens, streams),
+            "SignalService": SignalService(db, logs, tokens, streams),
+            "OrderService": OrderService(db, writer, logs, tokens, streams),
+            "BrokerService": BrokerService(db, writer, logs, tokens, streams),
+            "PortfolioService": PortfolioService(
+                db, reference, quotes, watches, tokens, streams, order_drifts
+            ),
+            "AdminService": AdminService(
+                db, reference, bus, _tasks(), pending_day_count
+            ),
+        }
 
         server = grpc.aio.server(
             interceptors=[Interceptor(errors_to_status(_translate))],
@@ -88,19 +120,20 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
         )
         health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
-        rpc.add_MarketDataServiceServicer_to_server(market_data, server)
-        rpc.add_OptionsServiceServicer_to_server(options, server)
-        rpc.add_ModelServiceServicer_to_server(models, server)
-        rpc.add_AdminServiceServicer_to_server(admin, server)
-        names = (*NEEDS, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        for name, servicer in servicers.items():
+            getattr(rpc, f"add_{name}Servicer_to_server")(servicer, server)
+        names = [f"{PACKAGE}.{name}" for name in servicers]
+        names += ["grpc.health.v1.Health", reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, server)
 
         pings: dict[str, Check] = {"bus": bus.ping, "db": db.ping}
-        checks = {name: [pings[need] for need in NEEDS[name]] for name in NEEDS}
+        checks = {
+            f"{PACKAGE}.{name}": [pings[need] for need in needs]
+            for name, needs in NEEDS.items()
+        }
         checks[""] = list(pings.values())
-        await stack.enter_async_context(
-            _background(market_data.run(), watches.run(), health.follow(checks))
-        )
+        work = (market_data.run(), watches.run(), logs.run(), writer.run())
+        await stack.enter_async_context(_background(*work, health.follow(checks)))
         address = _bind(server, settings.listen)
         await server.start()
         try:
@@ -116,21 +149,41 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
 async def recording(settings: Settings) -> AsyncIterator[None]:
     """Record, and maintain the database, while the block runs."""
     async with AsyncExitStack() as stack:
-        db, _, bus = await _backends(settings, stack)
+        db, reference, bus = await _backends(settings, stack)
         recorder = Recorder(bus, db, (settings.window_mb << 20) // SHARDS)
         maintenance = Maintenance(db, _tasks(), settings.maintenance_s)
-        await stack.enter_async_context(_background(recorder.run(), maintenance.run()))
+        logs, watches = Logs(db, bus, LOGS), Watches(bus)
+        quotes = LatestQuotes(bus, db)
+        writer = Writer(db, reference, logs, watches, quotes)
+        stack.push_async_callback(writer.close)
+        expiry = (
+            signals.Expiry(db, logs).run(),
+            orders.Expiry(db, reference, writer).run(),
+        )
+        snapshots = Snapshots(db, reference, quotes)
+        stack.push_async_callback(snapshots.close)
+        work = (recorder.run(), maintenance.run(), logs.run(), *expiry, snapshots.run())
+        await stack.enter_async_context(_background(*work))
         yield
 
 
 def _tasks() -> list[Task]:
     """What is done for the database now and then, in this order."""
     aggregate = "aggregate the days whose rows have changed"
-    return [Task("daily bars", aggregate, _aggregate_days), *own_tasks()]
+    trim = "remove what the logs kept longer than retention_policies says"
+    return [
+        Task("daily bars", aggregate, _aggregate_days),
+        *own_tasks(),
+        Task("event log", trim, _trim_logs),
+    ]
 
 
 async def _aggregate_days(db: Database) -> str:
     return await aggregate_days(db, await kept_since(db, "market_data"))
+
+
+async def _trim_logs(db: Database) -> str:
+    return await trim_logs(db, await kept_since(db, "event_log"))
 
 
 async def _backends(

@@ -41,9 +41,20 @@ logger = logging.getLogger(__name__)
 State: TypeAlias = Mapping[Hashable, Message]  # key -> row, in a fixed order
 Read: TypeAlias = Callable[[], Awaitable[State]]
 
-REFRESH_S = 10.0  # after the last read, if nothing is announced
+REFRESH_S = 10.0  # after the last read, if nothing is announced nor chosen
 READ_S = 30.0  # before a read counts as failed
 RETRY_S = 0.5
+AWAY = (*databases.UNAVAILABLE, *buses.UNAVAILABLE)
+
+
+class Part(NamedTuple):
+    """One of the states that a stream consists of."""
+
+    key: Hashable  # the same for the same state, whoever reads it
+    topics: Sequence[str]  # announced when it may have changed
+    read: Read
+    refresh_s: float | None = None  # read again at the latest after; None: REFRESH_S
+    rest_s: float = 0.0  # read again at the earliest after
 
 
 class Version(NamedTuple):
@@ -56,12 +67,12 @@ class Version(NamedTuple):
 class Watched:
     """One state, read by one task for all readers that this process has of it."""
 
-    def __init__(self, topics: Iterable[str], read: Read) -> None:
-        self.topics = frozenset(topics)
+    def __init__(self, part: Part) -> None:
+        self.topics = frozenset(part.topics)
         self.bells: list[Callable[[], None]] = []  # of its readers
         self.version = Version({}, b"")  # as last read
         self.error: Exception | None = None  # of the last try to read
-        self._read = read
+        self._part = part
         self._stale = asyncio.Event()
         self._next_read = asyncio.Event()  # set when a read that has yet to begin ends
         self._task = asyncio.create_task(self._keep_current())
@@ -82,14 +93,22 @@ class Watched:
             done.set()
             for ring in self.bells:
                 ring()
+            await asyncio.sleep(self._part.rest_s)
             with suppress(TimeoutError):
-                async with asyncio.timeout(RETRY_S if self.error else REFRESH_S):
+                async with asyncio.timeout(self._refresh_s() - self._part.rest_s):
                     await self._stale.wait()
+
+    def _refresh_s(self) -> float:
+        """Return when to read again, after the last read, if nothing is announced."""
+        if self.error:
+            return RETRY_S
+        chosen = self._part.refresh_s
+        return REFRESH_S if chosen is None else chosen
 
     async def _update(self) -> None:
         try:
             async with asyncio.timeout(READ_S):
-                state = await self._read()
+                state = await self._part.read()
         except Exception as error:
             if not self.error:
                 logger.warning("a state can't be read, trying again: %r", error)
@@ -128,41 +147,24 @@ class Watches:
             self._refresh(topics)  # others notice when they read again
 
     @contextmanager
-    def watching(
-        self,
-        key: Hashable,
-        topics: Iterable[str],
-        read: Read,
-        ring: Callable[[], None],
-    ) -> Iterator[Watched]:
-        """Share a state with whoever watches the same `key`.
-
-        `read` returns it; `ring` is called when it was read.
-        """
-        watched = self._watched.get(key)
+    def watching(self, part: Part, ring: Callable[[], None]) -> Iterator[Watched]:
+        """Share a state with whoever watches the same; `ring` is called once read."""
+        watched = self._watched.get(part.key)
         if watched is None:
-            watched = self._watched[key] = Watched(topics, read)
+            watched = self._watched[part.key] = Watched(part)
         watched.bells.append(ring)
         try:
             yield watched
         finally:
             watched.bells.remove(ring)
             if not watched.bells:
-                del self._watched[key]
+                del self._watched[part.key]
                 watched.close()
 
     def _refresh(self, topics: set[str] | None) -> None:
         for watched in self._watched.values():
             if topics is None or not watched.topics.isdisjoint(topics):
                 watched.refresh()
-
-
-class Part(NamedTuple):
-    """One of the states that a stream consists of."""
-
-    key: Hashable  # the same for the same state, whoever reads it
-    topics: Sequence[str]  # announced when it may have changed
-    read: Read
 
 
 class WatchStream:
@@ -205,7 +207,7 @@ class WatchStream:
         """Yield responses until drained."""
         with ExitStack() as stack:
             watched = [
-                stack.enter_context(self._watches.watching(*part, self._wake.set))
+                stack.enter_context(self._watches.watching(part, self._wake.set))
                 for part in self._parts
             ]
             async for message in self._snapshot(watched):
@@ -243,9 +245,9 @@ class WatchStream:
         yield self._sealed(self.event(complete))
 
     def _changes(self, watched: Sequence[Watched]) -> Iterator[Any]:
-        """Yield what differs from what was sent; nothing while the database is away."""
+        """Yield what differs from what was sent; nothing while a backend is away."""
         for number, one in enumerate(watched):
-            if one.error and not isinstance(one.error, databases.UNAVAILABLE):
+            if one.error and not isinstance(one.error, AWAY):
                 raise one.error
             if one.version.digest == self._sent[number].digest:
                 continue

@@ -17,7 +17,6 @@ from quantplane_server.admin.maintenance import (
     Task,
     TaskFailed,
     delete_keys,
-    expire_signals,
     kept_since,
     remove_old,
 )
@@ -320,30 +319,6 @@ async def test_what_is_kept_is_known_from_the_policy(db: Database):
     since = await kept_since(db, "market_data")
     assert since is not None and 0 <= (since - horizon).total_seconds() < 60
     assert await kept_since(db, "orders") is None
-
-
-# --- Signals ------------------------------------------------------------------------
-
-
-@both_editions
-async def test_active_signals_past_their_expiration_expire(
-    db: Database, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(maintenance, "EXPIRED_ROWS", 1)
-    past, ahead = "now() - INTERVAL '1 s'", "now() + INTERVAL '1 h'"
-    expected = {
-        await signal(db, "1 day", expiration=past): "expired",
-        await signal(db, "60 days", expiration=past): "expired",
-        await signal(db, "1 day", expiration=ahead): "active",
-        await signal(db, "1 day"): "active",
-        await signal(db, "1 day", "executed", expiration=past): "executed",
-        await signal(db, "1 day", "cancelled", expiration=past): "cancelled",
-    }
-    assert await expire_signals(db) == "2 signals"
-    assert dict(await fetch(db, "SELECT signal_id::text, status FROM signals")) == (
-        expected
-    )
-    assert await expire_signals(db) == "nothing to mark"
 
 
 # --- Keys ---------------------------------------------------------------------------

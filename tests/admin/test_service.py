@@ -267,7 +267,7 @@ async def test_tasks_of_the_servers_are_reported_with_their_last_run(
 ):
     tasks = (await report(lone_client)).tasks
     names = [task.name for task in tasks]
-    assert names == ["daily bars", "expired signals", "orphaned keys", "retention"]
+    assert names == ["daily bars", "event log", "orphaned keys", "retention"]
     assert all(task.description for task in tasks)
     assert not any(task.HasField("last_start_time") for task in tasks)
     async with recording(settings):

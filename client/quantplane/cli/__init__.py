@@ -8,6 +8,7 @@ except ModuleNotFoundError:
     sys.exit("the command quantplane needs typer: pip install 'quantplane[cli]'")
 
 # What takes long to import is imported where it is used, so that --help is quick.
+from quantplane.cli import orders, portfolio, signals
 from quantplane.cli.importing import (
     Tally,
     import_bars,
@@ -21,28 +22,47 @@ from quantplane.cli.replaying import Pace, replay
 
 __all__ = ["Pace", "Tally", "app", "store_bars"]
 
+
+def _group(name: str, text: str) -> typer.Typer:
+    """Return a group of commands, which is part of the app."""
+    group = typer.Typer(help=text, no_args_is_help=True, rich_markup_mode=None)
+    app.add_typer(group, name=name)
+    return group
+
+
 app = typer.Typer(
-    help="Watch, import, replay and list the market data of a quantplane server.",
+    help="The market data, signals, orders and portfolio of a quantplane server.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-import_app = typer.Typer(
-    help="Store a CSV or Parquet file.", no_args_is_help=True, rich_markup_mode=None
-)
-quotes_app = typer.Typer(
-    help="Live quotes.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(import_app, name="import")
-app.add_typer(quotes_app, name="quotes")
-
+import_app = _group("import", "Store a CSV or Parquet file.")
 import_app.command("bars")(import_bars)
 import_app.command("quotes")(import_quotes)
 import_app.command("options")(import_options)
 app.command()(replay)
+quotes_app = _group("quotes", "Live quotes.")
 quotes_app.command("watch")(watch_quotes)
 app.command()(bars)
 app.command()(symbols)
 app.command()(chain)
 app.command()(expirations)
+signals_app = _group("signals", "Publish, list and watch signals.")
+signals_app.command("publish")(signals.publish)
+signals_app.command("cancel")(signals.cancel)
+signals_app.command("list")(signals.list_signals)
+signals_app.command("watch")(signals.watch_signals)
+orders_app = _group("orders", "Submit, change, list and watch orders.")
+orders_app.command("submit")(orders.submit)
+orders_app.command("cancel")(orders.cancel)
+orders_app.command("replace")(orders.replace)
+orders_app.command("list")(orders.list_orders)
+orders_app.command("watch")(orders.watch_orders)
+orders_app.command("executions")(orders.executions)
+app.command()(orders.lineage)
+portfolio_app = typer.Typer(rich_markup_mode=None)
+portfolio_app.callback(invoke_without_command=True)(portfolio.portfolio)
+portfolio_app.command("snapshots")(portfolio.snapshots)
+portfolio_app.command("audit")(portfolio.audit)
+app.add_typer(portfolio_app, name="portfolio")

@@ -3,7 +3,8 @@
 import re
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
 
 import typer
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
 INTERVALS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+LENGTH = re.compile("([0-9]{1,9})([smhdw])")
 
 TargetOption = Annotated[
     str | None,
@@ -69,6 +71,24 @@ AsOfOption = Annotated[
         show_default="the latest",
     ),
 ]
+EndOption = Annotated[
+    str | None, typer.Option("--end", metavar="TIME", help="Exclusive; as --start.")
+]
+StrategyFilter = Annotated[
+    list[str] | None,
+    typer.Option("--strategy", metavar="S", help="Only of it; may be repeated."),
+]
+SymbolFilter = Annotated[
+    list[str] | None,
+    typer.Option("--symbol", metavar="S", help="Only of it; may be repeated."),
+]
+RowsOption = Annotated[
+    int, typer.Option("--limit", metavar="N", min=1, max=10_000, help="At most.")
+]
+OrderArgument = Annotated[
+    str,
+    typer.Argument(metavar="ORDER", help="An order id, or STRATEGY/CLIENT_ORDER_ID."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="A JSON object a line.")]
 
 
@@ -90,7 +110,7 @@ def time_of(text: str | None, option: str) -> "Timestamp | None":
 
 
 def interval_s(text: str) -> int:
-    match = re.fullmatch("([0-9]{1,9})([smhdw])", text)
+    match = LENGTH.fullmatch(text)
     if not match:
         raise typer.BadParameter(
             f"{text!r} is not a length like 30s, 5m, 1h or 1d", param_hint="--interval"
@@ -119,3 +139,53 @@ def bounds_of(text: str | None, option: str) -> tuple[float | None, float | None
             f"{text!r} is not a range like 200:300, 200: or :300", param_hint=option
         ) from None
     return low, high
+
+
+def moment_of(text: str | None, option: str) -> "Timestamp | None":
+    """Return an ISO time, or of 5m the time in so long."""
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    if text is None or not LENGTH.fullmatch(text):
+        return time_of(text, option)
+    time = Timestamp()
+    time.GetCurrentTime()
+    try:
+        time.FromSeconds(time.seconds + interval_s(text))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is beyond all calendars", param_hint=option
+        ) from None
+    return time
+
+
+def enum_of(kind: Any, text: str, parameter: str) -> Any:
+    """Return the value of an enum that people call so."""
+    from quantplane.tables import words
+
+    values = words(kind)
+    if text not in values:
+        raise typer.BadParameter(
+            f"{text!r} is not one of {', '.join(values)}", param_hint=parameter
+        )
+    return values[text]
+
+
+def order_of(text: str) -> dict[str, Any]:
+    """Return how requests name an order: the fields of their oneof `id`."""
+    from quantplane import v1 as pb
+
+    strategy, slash, name = text.partition("/")
+    if slash:
+        key = pb.ClientOrderId(strategy_id=strategy, client_order_id=name)
+        return {"client_order_id": key}
+    return {"order_id": id_of(text, "ORDER", "an order id or STRATEGY/CLIENT_ORDER_ID")}
+
+
+def id_of(text: str, parameter: str, what: str) -> str:
+    """Return a UUID as the server writes it."""
+    try:
+        return str(UUID(text))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not {what}", param_hint=parameter
+        ) from None

@@ -92,4 +92,6 @@ def fail(sentence: str, code: int = FAILED) -> NoReturn:
 
 
 def say(line: str) -> None:
-    typer.echo(line, err=True)
+    from quantplane.tables import printable
+
+    typer.echo(printable(line), err=True)

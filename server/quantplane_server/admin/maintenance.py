@@ -19,7 +19,7 @@ import asyncpg
 
 from quantplane_server import db as databases
 from quantplane_server.admin import queries
-from quantplane_server.admin.queries import AGING, KEYS, Keys
+from quantplane_server.admin.queries import AGING, KEYS, LOG, Keys
 from quantplane_server.db import Connection, Database, Edition
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ RESULT = 1_000  # characters kept
 BATCH_ROWS = 50_000  # deleted in a transaction
 BATCHES = 20  # per table and run
 CHUNKS = 50  # dropped per table and run: each takes locks
-EXPIRED_ROWS = 10_000  # marked in a statement
 PAGE_KEYS = 500  # looked up per table and run; 0.2 ms each among hundreds of chunks
 FIRST = UUID(int=0)
 
@@ -57,7 +56,7 @@ class Maintenance:
         """Run until cancelled."""
         while True:
             try:
-                async with self._db.connection() as session:
+                async with self._db.session() as session:
                     while await queries.claim_maintenance(session):
                         for task in self._tasks:
                             await self._run(session, task)
@@ -111,11 +110,6 @@ def own_tasks() -> list[Task]:
             remove_old,
         ),
         Task(
-            "expired signals",
-            "mark active signals that are past their expiration",
-            expire_signals,
-        ),
-        Task(
             "orphaned keys",
             "remove the keys of signals, orders and executions that are gone",
             OrphanedKeys().run,
@@ -139,10 +133,12 @@ async def remove_old(db: Database) -> str:
     removed, failed = [], []
     for table, drop_after in retention.items():
         try:
-            if table not in AGING:
+            if table not in (*AGING, LOG):
                 raise TaskFailed("not a table of time series")
             if drop_after <= timedelta():
                 raise TaskFailed("drop_after must be above 0")
+            if table == LOG:
+                continue
             remove = _drop_chunks if table in hypertables else _delete_rows
             since = await kept_since(db, table)
             if since and (what := await remove(db, table, since)):
@@ -182,21 +178,6 @@ async def _delete_rows(db: Database, table: str, since: datetime) -> str:
 
 def _said(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}" if count else ""
-
-
-# --- Signals ------------------------------------------------------------------------
-
-
-async def expire_signals(db: Database) -> str:
-    """Mark active signals that are past their expiration, a bounded part per run."""
-    signals = 0
-    for _ in range(BATCHES):
-        async with db.transaction() as conn:
-            expired = await queries.expire_signals(conn, EXPIRED_ROWS)
-        signals += expired
-        if expired < EXPIRED_ROWS:
-            break
-    return _said(signals, "signal") or "nothing to mark"
 
 
 # --- Keys ---------------------------------------------------------------------------

@@ -30,6 +30,7 @@ TIME_SERIES = {
 }
 # All that can have a retention.
 AGING = {**TIME_SERIES, "option_chain_times": "time"}
+LOG = "event_log"  # this too, but it is trimmed by a task of its own
 
 # Tables, and what refers to their rows by which column: the rows stay as long.
 REFERENCES = {
@@ -139,7 +140,7 @@ async def kept_since(conn: Connection, table: str) -> datetime | None:
     since: datetime | None = await conn.fetchval(
         """
         SELECT now() - drop_after FROM retention_policies
-         WHERE table_name = $1 AND isfinite(drop_after)
+         WHERE table_name = $1 AND isfinite(drop_after) AND drop_after > INTERVAL '0'
         """,
         table,
     )
@@ -197,24 +198,6 @@ async def delete_rows(conn: Connection, table: str, since: datetime, limit: int)
            AND {time} < $1
         """,
         since,
-        limit,
-    )
-    return _count(tag)
-
-
-# --- Signals ------------------------------------------------------------------------
-
-
-async def expire_signals(conn: Connection, limit: int) -> int:
-    """Mark active signals that are past their expiration; return how many."""
-    tag = await conn.execute(
-        """
-        UPDATE signals SET status = 'expired'
-         WHERE status = 'active'
-           AND (signal_id, time) IN
-               (SELECT signal_id, time FROM signals
-                 WHERE status = 'active' AND expiration < now() LIMIT $1)
-        """,
         limit,
     )
     return _count(tag)

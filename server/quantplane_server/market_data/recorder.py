@@ -87,7 +87,7 @@ class Recorder:
         """Record until cancelled; what is on the bus then waits for the next one."""
         while True:
             try:
-                async with self._db.connection() as conn:
+                async with self._db.session() as conn:
                     await self._record(conn)
             except UNAVAILABLE as error:
                 logger.warning("recording paused, trying again: %r", error)

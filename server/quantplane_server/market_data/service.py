@@ -3,7 +3,6 @@
 import asyncio
 import struct
 from collections.abc import AsyncIterator
-from datetime import UTC
 from typing import Any
 
 from quantplane import v1 as pb
@@ -32,6 +31,7 @@ from quantplane_server.market_data.history import (
     bar_range,
     read_page,
 )
+from quantplane_server.market_data.latest import LatestQuotes
 from quantplane_server.market_data.queries import BarRange
 from quantplane_server.market_data.subscription import Request, Subscription
 from quantplane_server.rpc.interceptor import Context
@@ -103,18 +103,8 @@ class MarketDataService(rpc.MarketDataServiceServicer):
     ) -> pb.GetLatestQuotesResponse:
         checks.check_latest(request)
         symbols = list(dict.fromkeys(request.symbols))
-        _, records = await self._bus.snapshot(symbol.encode() for symbol in symbols)
-        live = pb.GetLatestQuotesResponse.FromString(b"".join(records.values())).quotes
         as_of = time_given(request, "as_of", LAST)
-        found = {
-            quote.symbol: quote
-            for quote in live
-            if quote.time.ToDatetime(tzinfo=UTC) <= as_of
-        }
-        if missing := [symbol for symbol in symbols if symbol not in found]:
-            async with self._db.connection() as conn:
-                recorded = await queries.latest_quotes(conn, missing, as_of)
-            found.update((quote.symbol, quote) for quote in recorded)
+        found = await LatestQuotes(self._bus, self._db)(symbols, as_of)
         return pb.GetLatestQuotesResponse(
             quotes=[found[symbol] for symbol in symbols if symbol in found],
             unknown_symbols=[symbol for symbol in symbols if symbol not in found],

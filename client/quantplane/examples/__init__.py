@@ -1,0 +1,1 @@
+"""Strategies to read and to begin with."""

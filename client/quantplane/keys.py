@@ -1,0 +1,82 @@
+"""Fills idempotency keys, so that a call which gRPC repeats is done once.
+
+The contract marks a key with the option `idempotency_key`. Filled before the first
+try, it is the same in every further one: gRPC's retries happen below interceptors.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import grpc
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+
+from quantplane import v1 as pb
+from quantplane.ids import new_id
+
+
+class KeyFiller(grpc.aio.UnaryUnaryClientInterceptor):
+    """Gives each empty key of a request a new id; the caller's message stays as is."""
+
+    async def intercept_unary_unary(
+        self, continuation: Any, client_call_details: Any, request: Any
+    ) -> Any:
+        return await continuation(client_call_details, with_keys(request))
+
+
+def with_keys(request: Any) -> Any:
+    """Return a copy of `request` with every key filled; itself if its type has none."""
+    if not any(_fields(request.DESCRIPTOR)):
+        return request
+    filled = type(request)()
+    filled.CopyFrom(request)
+    _fill(filled)
+    return filled
+
+
+class _Fields(NamedTuple):
+    """What to look at in a message, by name."""
+
+    keys: list[str]
+    holders: list[str]  # of keys, at any depth
+
+
+def _fill(message: Any) -> None:
+    fields = _fields(message.DESCRIPTOR)
+    for name in fields.keys:
+        if not getattr(message, name):
+            setattr(message, name, new_id())
+    for field, value in message.ListFields():
+        if field.name in fields.holders:
+            for part in [value] if isinstance(value, Message) else value:
+                _fill(part)
+
+
+@cache
+def _fields(descriptor: Descriptor) -> _Fields:
+    fields = descriptor.fields
+    return _Fields(
+        keys=[field.name for field in fields if _is_key(field)],
+        holders=[field.name for field in fields if _has_keys(field.message_type)],
+    )
+
+
+def _has_keys(descriptor: Descriptor | None) -> bool:
+    """Tell whether a message of this type can hold a key, at any depth."""
+    seen: set[Descriptor] = set()  # types may contain themselves
+    ahead = [descriptor]
+    while ahead:
+        found = ahead.pop()
+        if found is None or found in seen:
+            continue
+        if any(map(_is_key, found.fields)):
+            return True
+        seen.add(found)
+        ahead += [field.message_type for field in found.fields]
+    return False
+
+
+def _is_key(field: FieldDescriptor) -> bool:
+    return bool(field.GetOptions().Extensions[pb.idempotency_key])

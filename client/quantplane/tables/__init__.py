@@ -1,0 +1,88 @@
+"""What the command line prints: messages of the contract, as text."""
+
+from quantplane.tables.market_data import (
+    BarRow,
+    BarWriter,
+    CsvBars,
+    JsonBars,
+    TableBars,
+    bar_rows,
+    print_symbols,
+    quote_json,
+    quote_line,
+)
+from quantplane.tables.options import (
+    ContractRow,
+    contract_json,
+    contract_line,
+    contract_rows,
+    expiration_json,
+    print_chain,
+    print_expirations,
+)
+from quantplane.tables.orders import (
+    order_line,
+    print_executions,
+    print_lineage,
+    print_orders,
+)
+from quantplane.tables.portfolio import (
+    TableSnapshots,
+    portfolio_line,
+    portfolio_view,
+    print_drifts,
+    print_portfolio,
+)
+from quantplane.tables.signals import print_signals, signal_line
+from quantplane.tables.text import (
+    brief,
+    event_lines,
+    iso,
+    message_json,
+    milliseconds,
+    money,
+    number,
+    printable,
+    word,
+    words,
+)
+
+__all__ = [
+    "BarRow",
+    "BarWriter",
+    "ContractRow",
+    "CsvBars",
+    "JsonBars",
+    "TableBars",
+    "TableSnapshots",
+    "bar_rows",
+    "brief",
+    "contract_json",
+    "contract_line",
+    "contract_rows",
+    "event_lines",
+    "expiration_json",
+    "iso",
+    "message_json",
+    "milliseconds",
+    "money",
+    "number",
+    "order_line",
+    "portfolio_line",
+    "portfolio_view",
+    "print_chain",
+    "print_drifts",
+    "print_executions",
+    "print_expirations",
+    "print_lineage",
+    "print_orders",
+    "print_portfolio",
+    "print_signals",
+    "print_symbols",
+    "printable",
+    "quote_json",
+    "quote_line",
+    "signal_line",
+    "word",
+    "words",
+]

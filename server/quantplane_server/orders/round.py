@@ -1,0 +1,506 @@
+"""The commands that share a transaction: read all at once, decided one by one, written
+all at once.
+
+Locks are taken in one order by everybody: strategies with limits, names of orders,
+orders, positions, signals, the heads of the logs.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from math import fsum
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from quantplane import v1 as pb
+from quantplane.ids import new_id
+from quantplane_server import log as logs
+from quantplane_server.checks import time_us, to_datetime
+from quantplane_server.db import Connection
+from quantplane_server.errors import (
+    ExecutionMismatch,
+    IllegalTransition,
+    KeyReused,
+    QuantplaneError,
+    RiskLimit,
+    SignalMismatch,
+    UnknownExecution,
+    UnknownOrder,
+    UnknownSignal,
+    VersionMismatch,
+)
+from quantplane_server.orders import checks, lifecycle, queries, risk
+from quantplane_server.orders.commands import (
+    Change,
+    Command,
+    Done,
+    Fill,
+    Outcome,
+    Replace,
+    Submit,
+)
+from quantplane_server.orders.lifecycle import Filled, terms_of
+from quantplane_server.orders.queries import Key
+from quantplane_server.orders.risk import Exposure
+from quantplane_server.portfolio import queries as portfolio
+from quantplane_server.portfolio.booking import book
+from quantplane_server.portfolio.queries import Sums
+from quantplane_server.signals import queries as signals
+from quantplane_server.signals.events import log_events
+
+REVERSALS = (pb.ORDER_EVENT_TYPE_TRADE_CANCEL, pb.ORDER_EVENT_TYPE_TRADE_CORRECT)
+OVER = (pb.SIGNAL_STATUS_EXPIRED, pb.SIGNAL_STATUS_CANCELLED)
+
+NOTHING = Sums(0.0, 0.0, 0.0)
+MANY = 1_000_000  # executions of the orders of a round
+Name = tuple[str, str]  # strategy_id, client_order_id
+ExecName = tuple[str, str]  # order_id, broker_exec_id
+
+
+class Round:
+    """One transaction's worth of commands."""
+
+    def __init__(
+        self,
+        conn: Connection,
+        limits: Mapping[str, risk.Limits],
+        quotes: Mapping[str, pb.Quote],
+    ) -> None:
+        self.executions: list[pb.Execution] = []  # booked
+        self.appended: list[tuple[str, int, list[logs.Event]]] = []
+        self._conn = conn
+        self._limits = limits
+        self._quotes = quotes
+        self._at = _now()
+        self._exposure = Exposure({}, ())
+        self._keys: dict[Name, Key] = {}
+        self._orders: dict[str, pb.Order] = {}  # as they are by now
+        self._created: set[str] = set()
+        self._changed: set[str] = set()
+        self._refused: dict[str, QuantplaneError] = {}  # new orders that are not
+        self._signals: dict[str, pb.Signal] = {}
+        self._executed: set[str] = set()  # signals
+        self._known: dict[ExecName, pb.Execution] = {}
+        self._reversed: set[str] = set()  # executions
+        self._filled: dict[str, Sums] = {}
+        self._live: dict[str, dict[str, pb.Execution]] = {}  # executions, by order
+        self._events: list[pb.OrderEvent] = []
+        self._booked: list[tuple[pb.OrderEvent, list[pb.Execution]]] = []
+
+    async def run(self, commands: Sequence[Command]) -> list[Outcome]:
+        """Return what came of each command; the caller commits."""
+        await self._read(commands)
+        outcomes = [self._decide(command) for command in commands]
+        await self._write()
+        return outcomes
+
+    async def check(self, new: pb.NewOrder) -> float | None:
+        """Raise what submitting an order would; return its notional, if there is a
+        price. Nothing is written."""
+        name = _name(new)
+        self._keys = await queries.keys_of(self._conn, [name])
+        if key := self._keys.get(name):
+            created = {key.order_id: key.created_at}
+            self._orders = await queries.orders_at(self._conn, created)
+            self._submit(Submit(new))
+        order = lifecycle.created(new, new_id(), self._at, "")
+        terms = terms_of(order)
+        if not key:
+            await self._read_signals([new])
+            self._check_signal(new)
+            await self._read_exposure(self._limited())
+            if breach := self._breach(order, terms, None):
+                raise _risk_error(lifecycle.denied(order, breach.code, breach.text))
+        price = risk.price_of(order, terms, self._quotes.get(new.symbol))
+        return None if price is None else new.quantity * price
+
+    # --- Reading ---
+
+    async def _read(self, commands: Sequence[Command]) -> None:
+        submits = [c for c in commands if isinstance(c, Submit)]
+        fills = [c.report for c in commands if isinstance(c, Fill)]
+        if limited := self._limited():
+            await queries.lock_strategies(self._conn, limited)
+        if submits:
+            await self._claim(submits)
+        wanted = {key.order_id for key in self._keys.values()} - self._created
+        for command in commands:
+            if not isinstance(command, Submit):
+                wanted.add(_target(command))
+        if wanted:
+            created = await queries.lock(self._conn, sorted(wanted))
+            self._orders = await queries.orders_at(self._conn, created)
+        await self._read_exposure(limited)
+        await self._read_signals([submit.order for submit in submits])
+        if fills:
+            await self._read_executions(fills)
+
+    def _limited(self) -> list[str]:
+        """Return the strategies whose limits depend on what they hold."""
+        limits = self._limits.items()
+        return sorted(strategy for strategy, own in limits if risk.needs_exposure(own))
+
+    async def _read_exposure(self, strategies: Sequence[str]) -> None:
+        # In this order: a fill between the two counts twice rather than not at all.
+        if strategies:
+            working = await queries.working(self._conn, strategies)
+            held = await portfolio.quantities(self._conn, strategies)
+            self._exposure = Exposure(held, working)
+
+    async def _read_signals(self, orders: Iterable[pb.NewOrder]) -> None:
+        if named := {order.signal_id for order in orders if order.signal_id}:
+            self._signals = await signals.find(self._conn, sorted(named))
+
+    async def _claim(self, submits: Iterable[Submit]) -> None:
+        """Find the key of each order, new where its name is."""
+        created_at = to_datetime(time_us(self._at))
+        for submit in submits:
+            name = _name(submit.order)
+            if name not in self._keys:
+                new = Key(*name, new_id(), created_at, _hash(submit.order))
+                self._keys[name] = new
+        got = await queries.claim(self._conn, list(self._keys.values()))
+        self._created = got
+        taken = [name for name, key in self._keys.items() if key.order_id not in got]
+        if taken:
+            self._keys |= await queries.keys_of(self._conn, taken)
+
+    async def _read_executions(self, reports: Sequence[pb.ExecutionReport]) -> None:
+        names = {(report.order_id, report.broker_exec_id) for report in reports}
+        self._known = await portfolio.executions_by_broker_id(self._conn, sorted(names))
+        ids = sorted({report.order_id for report in reports} & self._orders.keys())
+        self._filled = await portfolio.filled(self._conn, ids)
+        if again := sorted({r.order_id for r in reports if r.type in REVERSALS}):
+            for execution in await portfolio.executions_of(self._conn, again, MANY):
+                self._note(execution)
+                self._count(execution)
+
+    # --- Deciding ---
+
+    def _decide(self, command: Command) -> Outcome:
+        try:
+            match command:
+                case Submit():
+                    return self._submit(command)
+                case Change():
+                    return self._change(command)
+                case Replace():
+                    return self._replace(command)
+                case Fill():
+                    return self._fill(command)
+        except QuantplaneError as error:
+            return error
+
+    def _submit(self, submit: Submit) -> Done:
+        new = submit.order
+        key = self._keys[_name(new)]
+        if key.request_hash != _hash(new):
+            raise KeyReused("client_order_id", new.client_order_id)
+        if refused := self._refused.get(key.order_id):
+            raise refused
+        if order := self._orders.get(key.order_id):
+            return _again(order)
+        try:
+            self._check_signal(new)
+        except QuantplaneError as error:
+            self._refused[key.order_id] = error
+            raise
+        order = lifecycle.created(new, key.order_id, self._at, submit.trace_id)
+        if breach := self._breach(order, terms_of(order), None):
+            order = lifecycle.denied(order, breach.code, breach.text)
+            self._happened(pb.ORDER_EVENT_TYPE_DENIED, order, submit.trace_id)
+            raise _risk_error(order)
+        self._exposure.add(order, order.quantity, 1)
+        self._happened(pb.ORDER_EVENT_TYPE_CREATED, order, submit.trace_id)
+        return Done(order, duplicate=False)
+
+    def _check_signal(self, new: pb.NewOrder) -> None:
+        if not new.signal_id:
+            return
+        signal = self._signals.get(new.signal_id)
+        if signal is None:
+            raise UnknownSignal(new.signal_id)
+        for field in ("strategy_id", "symbol"):
+            if getattr(signal, field) != getattr(new, field):
+                raise SignalMismatch(
+                    f"the signal is of {field} {getattr(signal, field)!r}",
+                    signal_id=new.signal_id,
+                )
+        if signal.status in OVER:
+            status = pb.SignalStatus.Name(signal.status).removeprefix("SIGNAL_STATUS_")
+            raise SignalMismatch(
+                f"the signal is {status.lower()}", signal_id=new.signal_id
+            )
+
+    def _breach(
+        self, order: pb.Order, terms: pb.Terms, more: float | None
+    ) -> risk.Breach | None:
+        limits = self._limits.get(order.strategy_id)
+        if not limits:
+            return None
+        price = risk.price_of(order, terms, self._quotes.get(order.symbol))
+        return risk.breach(limits, order, terms, price, self._exposure, more)
+
+    def _change(self, change: Change) -> Done:
+        order = self._order(change.report.order_id)
+        after = lifecycle.apply(order, change.report, self._at)
+        return self._applied(
+            after, order, change.report, change.version, change.trace_id, change.actor
+        )
+
+    def _replace(self, replace: Replace) -> Done:
+        order = self._order(replace.order_id)
+        terms = checks.check_terms(order, replace.request)
+        report = pb.OrderReport(
+            order_id=order.order_id,
+            type=pb.ORDER_EVENT_TYPE_REPLACE_REQUESTED,
+            terms=terms,
+        )
+        after = lifecycle.apply(order, report, self._at)
+        more = terms.quantity - order.quantity
+        if after and (breach := self._breach(order, terms, more)):
+            raise RiskLimit(
+                f"{breach.limit}: {breach.text}",
+                limit=breach.limit,
+                order_id=order.order_id,
+            )
+        if after:
+            self._exposure.add(order, max(more, 0.0), 0)
+        version = replace.request.version
+        return self._applied(after, order, report, version, replace.trace_id)
+
+    def _applied(
+        self,
+        after: pb.Order | None,
+        before: pb.Order,
+        report: pb.OrderReport,
+        version: int,
+        trace_id: str,
+        actor: str = "",
+    ) -> Done:
+        if after is None:
+            return Done(before, duplicate=True)
+        if version and version != before.version:
+            raise VersionMismatch(before.version)
+        event = self._happened(report.type, after, trace_id, actor)
+        event.code, event.text = report.code, report.text
+        if report.HasField("time"):
+            event.broker_time.CopyFrom(report.time)
+        if (terms := terms_of(before)) != terms_of(after):
+            event.previous_terms.CopyFrom(terms)
+        return Done(after, duplicate=False)
+
+    def _fill(self, fill: Fill) -> Done:
+        report = fill.report
+        kind = report.type or pb.ORDER_EVENT_TYPE_TRADE
+        order = self._order(report.order_id)
+        if known := self._known.get((report.order_id, report.broker_exec_id)):
+            if not self._same(known, report, kind):
+                raise KeyReused("broker_exec_id", report.broker_exec_id)
+            return Done(order, duplicate=True)
+        _check_match(order, report)
+        reversal = None
+        executions = []
+        if kind in REVERSALS:
+            reversal = self._reversal(report, kind)
+            executions.append(reversal)
+        if kind != pb.ORDER_EVENT_TYPE_TRADE_CANCEL:
+            execution = _execution(order, report)
+            if reversal:
+                execution.ref_execution_id = reversal.ref_execution_id
+            executions.append(execution)
+        filled = self._sums(order.order_id, executions)
+        filled = filled._replace(leaves=report.leaves_quantity)
+        change = pb.OrderReport(order_id=order.order_id, type=kind)
+        after = lifecycle.apply(order, change, self._at, filled)
+        assert after, "a fact always says something new"
+        for execution in executions:
+            self._note(execution)
+        self.executions += executions
+        event = self._happened(kind, after, fill.trace_id)
+        event.broker_time.CopyFrom(report.time)
+        self._booked.append((event, executions))
+        if order.signal_id and kind == pb.ORDER_EVENT_TYPE_TRADE:
+            self._executed.add(order.signal_id)
+        return Done(after, duplicate=False)
+
+    def _same(self, known: pb.Execution, report: pb.ExecutionReport, kind: Any) -> bool:
+        """Tell whether a report says what an execution was booked for."""
+        if (known.quantity < 0) != (kind == pb.ORDER_EVENT_TYPE_TRADE_CANCEL):
+            return False
+        if known.quantity < 0:
+            return True
+        return (known.symbol, known.side, known.quantity, known.price) == (
+            *(report.symbol, report.side, report.quantity, report.price),
+        )
+
+    def _reversal(self, report: pb.ExecutionReport, kind: Any) -> pb.Execution:
+        """Return what takes the execution back that a report refers to."""
+        name = (report.order_id, report.ref_broker_exec_id)
+        original = self._known.get(name)
+        if original is None or original.quantity < 0:
+            raise UnknownExecution(report.ref_broker_exec_id)
+        if original.execution_id in self._reversed:
+            raise IllegalTransition(
+                f"execution {report.ref_broker_exec_id!r} was taken back already",
+                broker_exec_id=report.ref_broker_exec_id,
+            )
+        reversal = pb.Execution()
+        reversal.CopyFrom(original)
+        reversal.execution_id = new_id()
+        reversal.ref_execution_id = original.execution_id
+        reversal.quantity = -original.quantity
+        reversal.commission = -original.commission
+        reversal.time.CopyFrom(report.time)
+        # A correction's own name goes to what is right.
+        cancels = kind == pb.ORDER_EVENT_TYPE_TRADE_CANCEL
+        reversal.broker_exec_id = report.broker_exec_id if cancels else ""
+        return reversal
+
+    def _sums(self, order_id: str, executions: Sequence[pb.Execution]) -> Filled:
+        """Return what is filled of an order with these executions."""
+        live = self._live.get(order_id)
+        if live is None:  # none of them takes anything back
+            quantity, notional, _ = self._filled.get(order_id, NOTHING)
+            quantity += sum(e.quantity for e in executions)
+            notional += sum(e.quantity * e.price for e in executions)
+            self._filled[order_id] = Sums(quantity, notional, 0.0)
+            return Filled(quantity, notional)
+        for execution in executions:
+            self._count(execution)
+        return Filled(
+            fsum(e.quantity for e in live.values()),
+            fsum(e.quantity * e.price for e in live.values()),
+        )
+
+    def _count(self, execution: pb.Execution) -> None:
+        """Count an execution of an order whose executions are all known."""
+        live = self._live.setdefault(execution.order_id, {})
+        if execution.quantity < 0:
+            live.pop(execution.ref_execution_id, None)
+        else:
+            live[execution.execution_id] = execution
+
+    def _order(self, order_id: str) -> pb.Order:
+        order = self._orders.get(order_id)
+        if order is None:
+            raise UnknownOrder(order_id, order_id=order_id)
+        return order
+
+    def _note(self, execution: pb.Execution) -> None:
+        if execution.broker_exec_id:
+            name = (execution.order_id, execution.broker_exec_id)
+            self._known[name] = execution
+        if execution.quantity < 0:
+            self._reversed.add(execution.ref_execution_id)
+
+    def _happened(
+        self, kind: Any, order: pb.Order, trace_id: str, actor: str = ""
+    ) -> pb.OrderEvent:
+        self._orders[order.order_id] = order
+        self._changed.add(order.order_id)
+        event = pb.OrderEvent(
+            time=self._at, type=kind, order=order, trace_id=trace_id, actor=actor
+        )
+        if kind == pb.ORDER_EVENT_TYPE_DENIED:
+            event.code, event.text = order.reject_code, order.error_message
+        self._events.append(event)
+        return event
+
+    # --- Writing ---
+
+    async def _write(self) -> None:
+        if unwanted := sorted(self._refused):
+            await queries.release(self._conn, unwanted)
+        if self.executions:
+            await book(self._conn, self.executions)
+        for event, executions in self._booked:
+            event.execution.CopyFrom(executions[-1])
+            if len(executions) > 1:
+                event.reversal.CopyFrom(executions[0])
+        changed = [self._orders[order_id] for order_id in sorted(self._changed)]
+        if new := [o for o in changed if o.order_id in self._created]:
+            await queries.insert(self._conn, new)
+        if old := [o for o in changed if o.order_id not in self._created]:
+            await queries.update(self._conn, old)
+        executed = []
+        if self._executed:
+            executed = await signals.mark_executed(self._conn, sorted(self._executed))
+        if self._events:
+            await self._append("orders", list(map(_log_event, self._events)))
+        if executed:
+            events = log_events(pb.SIGNAL_EVENT_TYPE_EXECUTED, executed)
+            await self._append("signals", events)
+
+    async def _append(self, log: str, events: list[logs.Event]) -> None:
+        first = await logs.append(self._conn, log, events)
+        self.appended.append((log, first, events))
+
+
+def _target(command: Change | Replace | Fill) -> str:
+    if isinstance(command, Replace):
+        return command.order_id
+    return command.report.order_id
+
+
+def _name(order: pb.NewOrder) -> Name:
+    return order.strategy_id, order.client_order_id
+
+
+def _hash(order: pb.NewOrder) -> bytes:
+    data = order.SerializeToString(deterministic=True)
+    return blake2b(data, digest_size=16).digest()
+
+
+def _again(order: pb.Order) -> Done:
+    """Return the first answer again. Raises RiskLimit where that was it."""
+    if order.reject_code.startswith(risk.PREFIX):
+        raise _risk_error(order)
+    return Done(order, duplicate=True)
+
+
+def _risk_error(order: pb.Order) -> RiskLimit:
+    limit = order.reject_code.removeprefix(risk.PREFIX).lower()
+    return RiskLimit(
+        f"{limit}: {order.error_message}", limit=limit, order_id=order.order_id
+    )
+
+
+def _check_match(order: pb.Order, report: pb.ExecutionReport) -> None:
+    for field in ("symbol", "side"):
+        if getattr(report, field) != getattr(order, field):
+            raise ExecutionMismatch(
+                f"the execution's {field} is not that of the order",
+                order_id=order.order_id,
+            )
+
+
+def _execution(order: pb.Order, report: pb.ExecutionReport) -> pb.Execution:
+    return pb.Execution(
+        execution_id=new_id(),
+        time=report.time,
+        order_id=order.order_id,
+        symbol=order.symbol,
+        side=order.side,
+        quantity=report.quantity,
+        price=report.price,
+        commission=report.commission,
+        venue=report.venue,
+        broker_exec_id=report.broker_exec_id,
+        late=lifecycle.is_late(order),
+        strategy_id=order.strategy_id,
+    )
+
+
+def _log_event(event: pb.OrderEvent) -> logs.Event:
+    kind = pb.OrderEventType.Name(event.type).removeprefix("ORDER_EVENT_TYPE_")
+    payload = event.SerializeToString()
+    return logs.Event(kind, event.order.order_id, payload, event.actor, event.trace_id)
+
+
+def _now() -> Timestamp:
+    """Return the time as the database keeps it."""
+    now = Timestamp()
+    now.GetCurrentTime()
+    now.nanos -= now.nanos % 1_000
+    return now

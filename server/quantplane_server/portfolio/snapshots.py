@@ -1,0 +1,77 @@
+"""Snapshots of the account: on a schedule, by one of all processes, and on request."""
+
+import asyncio
+import logging
+
+from quantplane import v1 as pb
+from quantplane_server import bus as buses
+from quantplane_server import db as databases
+from quantplane_server.db import Database
+from quantplane_server.portfolio import queries
+from quantplane_server.portfolio.valuation import LatestQuotes, Valuation
+from quantplane_server.reference.configuration import SNAPSHOT_INTERVAL, configured
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 5.0  # before who does not take snapshots asks whether he may
+LAST_S = 2.0  # for the last one
+UNAVAILABLE = (*databases.UNAVAILABLE, *buses.UNAVAILABLE)
+
+
+class Snapshots:
+    """Takes snapshots."""
+
+    def __init__(
+        self, db: Database, reference: Database, latest_quotes: LatestQuotes
+    ) -> None:
+        self._db = db
+        self._reference = reference
+        self._valuation = Valuation(db, reference, latest_quotes)
+
+    async def run(self) -> None:
+        """Take them at the configured interval, or wait until no other process does.
+
+        Until cancelled. The interval is read after each snapshot. Who has lost the
+        session that holds the lock may take one beside another's.
+        """
+        while True:
+            try:
+                async with self._db.session() as session:
+                    while await queries.claim_snapshots(session):
+                        await self.take()
+                        interval_s = await configured(
+                            self._reference, SNAPSHOT_INTERVAL
+                        )
+                        await asyncio.sleep(interval_s)
+            except UNAVAILABLE as error:
+                logger.warning("snapshots paused, trying again: %r", error)
+            except Exception:
+                logger.exception("taking snapshots failed, trying again")
+            await asyncio.sleep(RETRY_S)
+
+    async def close(self) -> None:
+        """Take the last one, if that can be done at once."""
+        try:
+            async with asyncio.timeout(LAST_S):
+                await self.take()
+        except Exception as error:
+            logger.warning("the last snapshot could not be taken: %r", error)
+
+    async def take(self) -> pb.PortfolioSnapshot:
+        """Write a snapshot of the account now."""
+        summary = await self._valuation.account()
+        snapshot = pb.PortfolioSnapshot(
+            total_value=summary.total_value,
+            cash=summary.cash,
+            positions_value=summary.positions_value,
+            total_pnl=summary.total_pnl,
+            unrealized_pnl=summary.unrealized_pnl,
+            realized_pnl=summary.realized_pnl,
+            total_exposure=summary.total_exposure,
+            net_exposure=summary.net_exposure,
+            n_positions=summary.n_positions,
+        )
+        snapshot.time.GetCurrentTime()
+        async with self._db.connection() as conn:
+            await queries.insert_snapshot(conn, snapshot)
+        return snapshot
