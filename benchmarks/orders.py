@@ -194,7 +194,7 @@ async def transact(parent: Parent, dsn: str) -> None:
         payload = event.SerializeToString()
         async with connection.transaction():
             await queries.claim(connection, [key])
-            await queries.insert(connection, [order])
+            await queries.store(connection, [order])
             entry = logs.Event("CREATED", order.order_id, payload)
             await logs.append(connection, "orders", [entry])
     parent.say(per_s=ORDERS / (perf_counter() - began))

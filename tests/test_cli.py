@@ -16,6 +16,7 @@ import pytest
 from quantplane import Client
 from quantplane import v1 as pb
 from quantplane_server.config import Settings
+from tests.conftest import Server
 from tests.market_data import quote
 from tests.postgres import database
 
@@ -105,6 +106,67 @@ async def test_up_serves_keeps_its_data_and_leaves_nothing_running(
         assert not psutil.wait_procs(children, timeout=20)[1]
 
 
+async def test_up_fills_orders_unless_it_is_told_not_to(tmp_path: Path):
+    up = ("up", "--data-dir", str(tmp_path), "--listen", "127.0.0.1:0")
+    async with started(*up, "--no-paper") as run:
+        target = await run.ready()
+        await publish_one(target, 1)
+        assert not [p for p in run.children() if "paper" in p.cmdline()]
+        await submit(target)
+    async with started(*up) as run:
+        target = await run.ready()
+        async with Client(target) as client, asyncio.timeout(60):
+            request = pb.WatchPortfolioRequest()
+            portfolio = client.follow(client.portfolio.WatchPortfolio, request)
+            async for response in portfolio:
+                if response.positions and response.positions[0].quantity == 10:
+                    break
+
+
+async def test_the_demo_has_a_strategy_that_ends_with_it(tmp_path: Path):
+    up = ("up", "--demo", "--data-dir", str(tmp_path), "--listen", "127.0.0.1:0")
+    async with started(*up) as run:
+        await run.ready()
+        children = run.children()
+        assert [p for p in children if "strategy" in p.cmdline()]
+        run.process.kill()
+        await run.ended()
+    assert not psutil.wait_procs(children, timeout=20)[1]
+
+
+async def test_a_paper_broker_fills_orders_at_any_server(server: Server):
+    target = server.target
+    await publish_one(target, 1)
+    terms = ("--commission-bps", "5", "--latency-ms", "1", "--symbol", "A")
+    async with started("paper", "--target", target, *terms) as run:
+        assert await run.ready() == target
+        async with Client(target) as client, asyncio.timeout(60):
+            orders = client.follow(client.order.WatchOrders, pb.WatchOrdersRequest())
+            submitting = asyncio.create_task(submit(target))
+            async for response in orders:
+                if fills := [e.execution for e in response.events if e.execution.price]:
+                    break
+        await submitting
+        run.process.terminate()
+        assert await run.ended() == 0
+    assert fills[0].commission == pytest.approx(10 * fills[0].price * 5e-4)
+
+
+async def submit(target: str) -> None:
+    """Submit a market order to buy 10 of what `publish_one` quotes."""
+    order = pb.NewOrder(
+        client_order_id="1",
+        strategy_id="test",
+        symbol="A",
+        side=pb.SIDE_BUY,
+        order_type=pb.ORDER_TYPE_MARKET,
+        quantity=10,
+        time_in_force=pb.TIME_IN_FORCE_GTC,
+    )
+    async with Client(target) as client:
+        await client.order.SubmitOrder(pb.SubmitOrderRequest(order=order))
+
+
 async def test_workers_share_a_port_and_one_that_dies_is_replaced(
     dsn: str, redis_url: str
 ):
@@ -158,4 +220,6 @@ async def test_what_is_not_set_or_not_there_is_one_sentence(
         assert "can't listen on" in await failed("serve", **real)
         shared = settings.environment() | {"QUANTPLANE_LISTEN": "127.0.0.1:0"}
         assert "share a port" in await failed("serve", "--workers", "2", **shared)
+    both = ("--commission-bps", "1", "--commission-per-unit", "1")
+    assert "use one of" in await failed("paper", *both)
     assert "QUANTPLANE_CAP_MB" in await failed("serve", QUANTPLANE_CAP_MB="x")

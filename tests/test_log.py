@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from quantplane import v1 as pb
 from quantplane_server import log as logs
+from quantplane_server import main
 from quantplane_server.admin.maintenance import kept_since, remove_old
 from quantplane_server.db import Database
 from quantplane_server.errors import Compacted
@@ -568,3 +569,12 @@ async def test_logs_are_kept_for_ever_without_a_policy_that_makes_sense(
         if rows:
             await conn.execute(f"INSERT INTO retention_policies VALUES {rows}")
     assert await kept_since(db, "event_log") is None
+
+
+async def test_the_maintenance_trims_the_logs_by_the_policy(db: Database):
+    (task,) = (task for task in main._tasks() if task.name == "event log")
+    await fill(db, "signals", [0, 0, 0])
+    assert await task.run(db) == "signals: 2 entries"
+    async with db.connection() as conn:
+        await conn.execute("DELETE FROM retention_policies")
+    assert await task.run(db) == "kept without end"

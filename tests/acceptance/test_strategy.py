@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -34,8 +34,10 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 @cache
 def ticks() -> list[Tick]:
-    """Return what is published."""
-    return acceptance.ticks()[:COUNT]
+    """Return what is published: of late, or retention would take it."""
+    read = acceptance.ticks()[:COUNT]
+    shift = datetime.now(UTC).date() - timedelta(days=2) - read[0].time.date()
+    return [tick._replace(time=tick.time + shift) for tick in read]
 
 
 class Process:
@@ -84,7 +86,7 @@ class Desk(NamedTuple):
 @contextmanager
 def desk(server: Server) -> Iterator[Desk]:
     """Run the strategy and the paper broker while the block runs."""
-    start, to = ticks()[0].time.isoformat(), ("--target", server.target)
+    start, to = f"{ticks()[0].time:%Y-%m-%dT%H:%M:%S}", ("--target", server.target)
     terms = ("--fast", str(FAST), "--slow", str(SLOW), "--quantity", str(QUANTITY))
     strategy = Process(
         *("quantplane.examples.moving_average", SYMBOL, *terms),

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import pytest
 
 from quantplane import Client
@@ -236,6 +237,38 @@ async def test_reports_wait_for_a_server_that_is_away(settings: Settings):
             await orders.submit()
             again = await orders.until("TRADE")
     assert fill.order.order_id != again.order.order_id
+
+
+async def test_a_broker_that_missed_commands_begins_anew(settings: Settings):
+    async with recording(settings), AsyncExitStack() as stack:
+        async with serving(settings) as target:
+            async with Client(target) as client, watching(client) as orders:
+                await show(client, quote(1, 99, 101))
+                await stack.enter_async_context(broking(target))
+                await orders.submit()
+                await orders.until("TRADE")
+        async with serving(settings) as elsewhere, Client(elsewhere) as client:
+            async with watching(client) as orders:
+                missed = await orders.submit(quantity=3)
+                await orders.until("CREATED")
+        await trimmed(settings)
+        async with serving(settings.model_copy(update={"listen": target})):
+            async with Client(target) as client, asyncio.timeout(60):
+                request = pb.WatchPortfolioRequest()
+                watch = client.portfolio.WatchPortfolio
+                async for response in client.follow(watch, request):
+                    if response.positions and response.positions[0].quantity == 13:
+                        break
+                get = pb.GetOrderRequest(order_id=missed.order_id)
+                found = (await client.order.GetOrder(get)).order
+    assert found.status == pb.ORDER_STATUS_FILLED
+
+
+async def trimmed(settings: Settings) -> None:
+    """Delete all of the log of orders."""
+    conn = await asyncpg.connect(settings.postgres_dsn)
+    await conn.execute("DELETE FROM event_log WHERE log = 'orders'")
+    await conn.close()
 
 
 async def test_a_report_that_is_refused_is_one_line_of_the_log(

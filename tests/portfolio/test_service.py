@@ -1,5 +1,6 @@
 """Portfolios as they are now, over the wire."""
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -10,6 +11,7 @@ from quantplane import v1 as pb
 from quantplane_server import log
 from quantplane_server.checks import SYMBOL
 from quantplane_server.portfolio import valuation
+from quantplane_server.tasks import end
 from tests.conftest import both_editions
 from tests.market_data import quote
 from tests.portfolio import Desk, at, fill
@@ -104,6 +106,20 @@ async def test_what_it_is_worth_is_the_initial_cash_and_what_was_gained(
         assert summary.initial_cash == initial
         assert summary.total_value == pytest.approx(initial + summary.total_pnl)
         assert summary.total_value == summary.cash + summary.positions_value
+
+
+async def test_positions_and_cash_are_of_one_moment(client: Client, desk: Desk):
+    async def trade() -> None:
+        while True:
+            await desk.book(*(fill(symbol, 1, 100) for symbol in "ABCD"))
+
+    trading = asyncio.create_task(trade())
+    for _ in range(40):
+        portfolio = await get(client)
+        bought = sum(position.quantity for position in portfolio.positions)
+        assert portfolio.summary.cash == 1e6 - 100 * bought
+        assert portfolio.summary.total_value == 1e6
+    await end(trading)
 
 
 async def test_a_strategy_has_only_what_its_orders_did(client: Client, desk: Desk):

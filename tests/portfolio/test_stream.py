@@ -1,5 +1,6 @@
 """WatchPortfolio, over the wire."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -52,15 +53,17 @@ async def test_a_watcher_gets_the_portfolio_then_what_fills_change(
     assert first.summary.n_positions == 2
     await desk.book(fill("B", 1, 20))
     await announce(redis_url)
-    response = await until(responses, "data")
+    async with asyncio.timeout(LONG_S / 2):  # before the quotes are looked at
+        response = await until(responses, "data")
     (changed,) = response.positions
     assert (changed.symbol, changed.quantity, changed.average_cost) == ("B", 2, 15)
     assert response.summary.cash == 1e6 - 130
 
 
 async def test_a_watcher_gets_what_quotes_change_at_the_interval(
-    client: Client, desk: Desk
+    client: Client, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("quantplane_server.watch.REFRESH_S", 3600.0)
     await desk.book(fill("A", 1, 100), fill("B", 1, 10))
     responses = watch(client, interval_s=0.1)
     await snapshot(responses)

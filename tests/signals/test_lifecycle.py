@@ -196,19 +196,6 @@ async def test_of_a_cancel_and_an_execution_at_once_one_wins(
         assert after.status == pb.SIGNAL_STATUS_EXECUTED
 
 
-@both_editions
-async def test_who_locks_the_same_signals_in_other_orders_waits_for_no_other(
-    client: Client, dsn: str
-):
-    made = await publish(client, *(signal() for _ in range(20)))
-    ids = [signal.signal_id for signal in made]
-    db = await Database.open(dsn)
-    orders = [ids, ids[::-1]] * 4
-    executed = await asyncio.gather(*(execute(db, *order) for order in orders))
-    assert sorted(map(len, executed)) == [0] * 7 + [20]
-    await db.close()
-
-
 async def test_what_was_never_published_is_unknown(client: Client, db: Database):
     expected = (*UNKNOWN, {"signal_id": NOBODY})
     assert await refused(get(client, NOBODY)) == expected

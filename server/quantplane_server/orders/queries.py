@@ -209,15 +209,13 @@ async def orders_at(
         return {}
     rows = await conn.fetch(
         f"""
-        SELECT {COLUMNS} FROM orders
-         WHERE (order_id, created_at) IN
-               (SELECT * FROM unnest($1::uuid[], $2::timestamptz[]))
-           AND created_at BETWEEN $3 AND $4
+        SELECT {COLUMNS}
+          FROM unnest($1::uuid[], $2::timestamptz[]) AS key (id, time),
+               LATERAL (SELECT * FROM orders
+                         WHERE order_id = id AND created_at = time OFFSET 0) AS o
         """,
         list(created.keys()),
         list(created.values()),
-        min(created.values()),
-        max(created.values()),
     )
     return {order.order_id: order for order in map(_order, rows)}
 
@@ -354,31 +352,22 @@ async def amounts(conn: Connection) -> AsyncIterator[list[Amounts]]:
         yield [Amounts(*row) for row in rows]
 
 
-async def insert(conn: Connection, orders: Sequence[pb.Order]) -> None:
+async def store(conn: Connection, orders: Sequence[pb.Order]) -> None:
+    """Write new orders, and what may change of others.
+
+    Both by one INSERT: it finds its chunk by the time, where an UPDATE would be planned
+    for every chunk.
+    """
     columns = FIXED | CHANGING
     arrays = ", ".join(f"${n}::{kind}[]" for n, kind in enumerate(columns.values(), 1))
-    await conn.execute(
-        f"INSERT INTO orders ({COLUMNS}) SELECT * FROM unnest({arrays})",
-        *([_value(order, column) for order in orders] for column in columns),
-    )
-
-
-async def update(conn: Connection, orders: Sequence[pb.Order]) -> None:
-    """Write what may change of orders."""
-    columns = {"order_id": "uuid", "created_at": "timestamptz"} | CHANGING
-    arrays = ", ".join(f"${n}::{kind}[]" for n, kind in enumerate(columns.values(), 1))
-    values = ", ".join(f"new.{column}" for column in CHANGING)
-    created = [to_datetime(time_us(order.created_at)) for order in orders]
+    values = ", ".join(f"excluded.{column}" for column in CHANGING)
     await conn.execute(
         f"""
-        UPDATE orders AS o SET ({", ".join(CHANGING)}) = ROW ({values})
-          FROM unnest({arrays}) AS new ({", ".join(columns)})
-         WHERE o.order_id = new.order_id AND o.created_at = new.created_at
-           AND o.created_at BETWEEN ${len(columns) + 1} AND ${len(columns) + 2}
+        INSERT INTO orders ({COLUMNS}) SELECT * FROM unnest({arrays})
+        ON CONFLICT (order_id, created_at)
+        DO UPDATE SET ({", ".join(CHANGING)}) = ROW ({values})
         """,
         *([_value(order, column) for order in orders] for column in columns),
-        min(created),
-        max(created),
     )
 
 

@@ -419,10 +419,8 @@ class Round:
             if len(executions) > 1:
                 event.reversal.CopyFrom(executions[0])
         changed = [self._orders[order_id] for order_id in sorted(self._changed)]
-        if new := [o for o in changed if o.order_id in self._created]:
-            await queries.insert(self._conn, new)
-        if old := [o for o in changed if o.order_id not in self._created]:
-            await queries.update(self._conn, old)
+        if changed:
+            await queries.store(self._conn, changed)
         executed = []
         if self._executed:
             executed = await signals.mark_executed(self._conn, sorted(self._executed))

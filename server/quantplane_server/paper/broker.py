@@ -103,7 +103,8 @@ class Session:
             text = f"orders in {MAX_SYMBOLS:,} symbols are live"
             self._outbox.add([rejected(order, "TOO_MANY_SYMBOLS", text)])
             return
-        fills = await self._fills(order) if order.filled_quantity else 0
+        rebuilt = not command.revision and order.filled_quantity > 0
+        fills = await self._fills(order) if rebuilt else 0
         self._outbox.add(self._book.take(command, fills))
 
     async def _fills(self, order: pb.Order) -> int:

@@ -115,9 +115,8 @@ class SignalService(rpc.SignalServiceServicer):
             rows = queries.rows_before(
                 conn, request.filter, request.statuses, start, place, limit + 1
             )
-            page, more = list[pb.Signal](), False
-            async for page, more in _parts(rows, limit):
-                break
+            part = await anext(_parts(rows, limit), None)
+        page, more = part or ([], False)
         token = self._tokens.page_token(query, _packed(page[-1])) if more else ""
         return pb.ListSignalsResponse(signals=page, next_page_token=token)
 
