@@ -16,7 +16,7 @@ from google.protobuf.descriptor_pool import Default as default_pool
 
 from quantplane import v1 as pb
 from quantplane.follow import Follower, Request, Response, StreamMethod
-from quantplane.keys import KeyFiller
+from quantplane.keys import fill_keys
 from quantplane.publish import QuotePublisher
 
 TARGET = "127.0.0.1:50051"
@@ -69,13 +69,13 @@ class Client:
         self.target = target or os.environ.get("QUANTPLANE_TARGET") or TARGET
         config = json.dumps(service_config(service for service, _ in services()))
         self._channel = grpc.aio.insecure_channel(
-            self.target,
-            [*OPTIONS, ("grpc.service_config", config)],
-            interceptors=[KeyFiller()],
+            self.target, [*OPTIONS, ("grpc.service_config", config)]
         )
         self._streams: WeakSet[Follower[Any] | QuotePublisher] = WeakSet()
         for service, stub in services():
-            setattr(self, attribute_of(service), stub(self._channel))
+            methods = stub(self._channel)
+            fill_keys(methods, service)
+            setattr(self, attribute_of(service), methods)
 
     async def __aenter__(self) -> Self:
         return self

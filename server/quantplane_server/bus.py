@@ -318,10 +318,15 @@ class Bus:
 
     async def follow_entries(
         self,
-    ) -> AsyncGenerator[tuple[str, int, Sequence[bytes]], None]:
-        """Yield what is announced: the log, the first revision, the payloads."""
+    ) -> AsyncGenerator[tuple[str, int, Sequence[bytes]] | None, None]:
+        """Yield what is announced: the log, the first revision, the payloads.
+
+        At first None: what was announced before it is not told.
+        """
         async with self._redis.pubsub(ignore_subscribe_messages=True) as news:
             await news.subscribe(LOGGED)
+            await news.get_message(timeout=TIMEOUT_S)  # says that it is in force
+            yield None
             while True:
                 if message := await news.get_message(timeout=BLOCK_S):
                     log, first, *payloads = _unpacked(message["data"])

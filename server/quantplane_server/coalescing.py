@@ -46,8 +46,7 @@ class Coalescer(Generic[Item, Result]):
         self._waiting.extend(zip(items, futures, strict=True))
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
-        await asyncio.wait(futures) if futures else None
-        return [future.result() for future in futures]
+        return [await future for future in futures]
 
     async def close(self) -> None:
         """Return once everything that was taken is done."""
@@ -63,7 +62,8 @@ class Coalescer(Generic[Item, Result]):
             try:
                 results = await self._work(list(items))
                 for future, result in zip(futures, results, strict=True):
-                    future.set_result(result)
+                    if not future.done():  # else its caller has given up
+                        future.set_result(result)
             except Exception as error:
                 for future in futures:
                     if not future.done():

@@ -232,6 +232,10 @@ class Tail:
         self._stale = asyncio.Event()
         self._task = asyncio.create_task(self._follow())
 
+    def refresh(self) -> None:
+        """Read what may have been missed."""
+        self._stale.set()
+
     def close(self) -> None:
         self._task.cancel()
 
@@ -344,6 +348,7 @@ class Logs:
         self._outbox: deque[tuple[str, int, Sequence[bytes]]] = deque()
         self._outbox_bytes = 0
         self._posted = asyncio.Event()
+        self._followed = asyncio.Event()  # set while there is a tail
 
     async def run(self) -> None:
         """Tell other processes what is committed here, and hear them."""
@@ -368,6 +373,7 @@ class Logs:
         if tail is None:
             tail = self._tails[log] = Tail(self._db, log, self._kinds[log])
         tail.bells.append(ring)
+        self._followed.set()
         try:
             yield tail
         finally:
@@ -375,6 +381,8 @@ class Logs:
             if not tail.bells:
                 del self._tails[log]
                 tail.close()
+            if not self._tails:
+                self._followed.clear()
 
     async def _tell(self) -> None:
         self._outbox.clear()  # the bus was away, so the followers poll
@@ -382,16 +390,24 @@ class Logs:
         while True:
             await self._posted.wait()
             self._posted.clear()
+            await asyncio.sleep(0)  # whoever waits for the commit goes first
             while self._outbox:
                 log, first, payloads = self._outbox.popleft()
                 self._outbox_bytes -= sum(map(len, payloads))
                 await self._bus.announce_entries(log, first, payloads)
 
     async def _hear(self) -> None:
-        async with aclosing(self._bus.follow_entries()) as news:
-            async for log, first, payloads in news:
-                if tail := self._tails.get(log):
-                    tail.push(first, payloads)
+        while True:
+            await self._followed.wait()
+            async with aclosing(self._bus.follow_entries()) as news:
+                async for told in news:
+                    if not self._followed.is_set():
+                        break
+                    if told is None:
+                        for tail in self._tails.values():
+                            tail.refresh()
+                    elif told[0] in self._tails:
+                        self._tails[told[0]].push(*told[1:])
 
 
 async def _again(work: Callable[[], Awaitable[None]]) -> None:

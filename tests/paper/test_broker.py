@@ -16,7 +16,7 @@ from quantplane_server.config import Settings
 from quantplane_server.main import recording, serving
 from quantplane_server.paper import broker
 from quantplane_server.paper.book import Commission, Report
-from quantplane_server.paper.broker import Terms
+from quantplane_server.paper.broker import Session, Terms
 from quantplane_server.paper.outbox import Outbox, sendable
 from tests.conftest import Server
 from tests.paper import START_NS, SYMBOL, quote
@@ -262,6 +262,28 @@ async def test_a_broker_that_missed_commands_begins_anew(settings: Settings):
                 get = pb.GetOrderRequest(order_id=missed.order_id)
                 found = (await client.order.GetOrder(get)).order
     assert found.status == pb.ORDER_STATUS_FILLED
+
+
+async def test_a_session_ends_where_commands_were_missed(settings: Settings):
+    async with recording(settings), AsyncExitStack() as stack:
+        async with serving(settings) as target:
+            client = await stack.enter_async_context(Client(target))
+            group = await stack.enter_async_context(asyncio.TaskGroup())
+            outbox = Outbox(client)
+            reporting = group.create_task(outbox.run())
+            session = group.create_task(Session(client, outbox, group, FREE).run())
+            async with watching(client) as orders:
+                await orders.submit()
+                await orders.until("ACKNOWLEDGED")
+        async with serving(settings) as elsewhere, Client(elsewhere) as other:
+            async with watching(other) as orders:
+                await orders.submit()
+                await orders.until("CREATED")
+        await trimmed(settings)
+        async with serving(settings.model_copy(update={"listen": target})):
+            async with asyncio.timeout(30):
+                await session
+            reporting.cancel()
 
 
 async def trimmed(settings: Settings) -> None:

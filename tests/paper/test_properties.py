@@ -3,7 +3,7 @@
 from collections import defaultdict
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quantplane import v1 as pb
@@ -33,6 +33,12 @@ other = st.one_of(
 )
 step = st.sampled_from([new, see, see, other]).flatmap(lambda kind: kind)
 steps = st.lists(step, min_size=10, max_size=40)
+# An order's cancellation is lost, and its fill is not.
+CUT_IOC = [
+    ("new", BUY, 20.0, None, None, pb.TIME_IN_FORCE_IOC),
+    ("see", 99.0, 101.0, 5, 5),
+    ("kill", 3),
+]
 thorough = settings(max_examples=120, deadline=None)
 
 
@@ -57,6 +63,9 @@ class Server:
                 assert told.broker_order_id in ("", report.broker_order_id)
                 told.broker_order_id = report.broker_order_id
             case "TRIGGERED":
+                shown = self.quotes[report.time.ToNanoseconds()]
+                reached = shown.ask >= told.stop_price, shown.bid <= told.stop_price
+                assert reached[told.side == SELL]
                 told.triggered_at.CopyFrom(report.time)
             case "REPLACED":
                 assert told.pending_terms.quantity >= told.filled_quantity
@@ -208,6 +217,7 @@ def _ask(server: Server, broker: Broker, kind: str, index: int, *terms: float) -
 
 @thorough
 @given(steps)
+@example(CUT_IOC)
 def test_fills_are_within_every_limit_and_no_kill_doubles_or_loses_one(
     plan: list[Any],
 ):

@@ -45,7 +45,7 @@ REQUESTS = {
     pb.PENDING_REQUEST_CANCEL: "cancel",
     pb.PENDING_REQUEST_REPLACE: "replace",
 }
-ENUMS: dict[str, dict[Any, str | None]] = {
+ENUMS: dict[str, dict[Any, Any]] = {
     "side": dict(SIDES),
     "order_type": dict(TYPES),
     "time_in_force": dict(TIMES_IN_FORCE),
@@ -94,6 +94,13 @@ CHANGING = {
 }
 COLUMNS = ", ".join(FIXED | CHANGING)
 PAGE = 1_000  # orders that are fetched at once by who reads them all
+_ARRAYS = [f"${n}::{kind}[]" for n, kind in enumerate((FIXED | CHANGING).values(), 1)]
+STORE = f"""
+    INSERT INTO orders ({COLUMNS}) SELECT * FROM unnest({", ".join(_ARRAYS)})
+    ON CONFLICT (order_id, created_at)
+    DO UPDATE SET ({", ".join(CHANGING)})
+        = ROW ({", ".join(f"excluded.{column}" for column in CHANGING)})
+"""
 LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 LIVE = "status IN ('pending', 'open')"
 
@@ -358,16 +365,9 @@ async def store(conn: Connection, orders: Sequence[pb.Order]) -> None:
     Both by one INSERT: it finds its chunk by the time, where an UPDATE would be planned
     for every chunk.
     """
-    columns = FIXED | CHANGING
-    arrays = ", ".join(f"${n}::{kind}[]" for n, kind in enumerate(columns.values(), 1))
-    values = ", ".join(f"excluded.{column}" for column in CHANGING)
     await conn.execute(
-        f"""
-        INSERT INTO orders ({COLUMNS}) SELECT * FROM unnest({arrays})
-        ON CONFLICT (order_id, created_at)
-        DO UPDATE SET ({", ".join(CHANGING)}) = ROW ({values})
-        """,
-        *([_value(order, column) for order in orders] for column in columns),
+        STORE,
+        *map(list, zip(*map(_row, orders), strict=True)),
     )
 
 
@@ -377,27 +377,45 @@ TIMES = ("created_at", "updated_at", "submitted_at", "triggered_at")
 TERMS = re.compile("pending_(quantity|price|stop_price)")
 
 
-def _value(order: pb.Order, column: str) -> Any:
-    """Return what the database keeps of an order in a column."""
-    if term := TERMS.fullmatch(column):
-        return _value_of(order.pending_terms, term[1]) if _has_terms(order) else None
-    if column in ENUMS:
-        return ENUMS[column][getattr(order, column)]
-    return _value_of(order, column)
+def _row(order: pb.Order) -> tuple[Any, ...]:
+    """Return what the database keeps of an order, in the order of the columns."""
+    terms = order.pending_terms if order.HasField("pending_terms") else None
+    return (
+        order.order_id,
+        _time(order.created_at),
+        order.strategy_id or None,
+        order.signal_id or None,
+        order.symbol,
+        SIDES[order.side],
+        TYPES[order.order_type],
+        TIMES_IN_FORCE[order.time_in_force],
+        order.client_order_id or None,
+        order.trace_id or None,
+        _time(order.updated_at),
+        order.quantity,
+        order.price if order.HasField("price") else None,
+        order.stop_price if order.HasField("stop_price") else None,
+        STATUSES[order.status],
+        order.filled_quantity,
+        order.avg_fill_price if order.HasField("avg_fill_price") else None,
+        order.broker_order_id or None,
+        order.error_message or None,
+        order.version,
+        REQUESTS[order.pending_request],
+        order.pending_version or None,
+        terms.quantity if terms else None,
+        terms.price if terms and terms.HasField("price") else None,
+        terms.stop_price if terms and terms.HasField("stop_price") else None,
+        order.outcome_unknown,
+        order.reject_code or None,
+        order.overfill_quantity,
+        _time(order.triggered_at) if order.HasField("triggered_at") else None,
+        _time(order.submitted_at) if order.HasField("submitted_at") else None,
+    )
 
 
-def _has_terms(order: pb.Order) -> bool:
-    return order.HasField("pending_terms")
-
-
-def _value_of(message: Any, field: str) -> Any:
-    if message.DESCRIPTOR.fields_by_name[field].has_presence:
-        if not message.HasField(field):
-            return None
-    value = getattr(message, field)
-    if isinstance(value, Timestamp):
-        return to_datetime(time_us(value))
-    return None if value == "" else value
+def _time(stamp: Timestamp) -> datetime:
+    return to_datetime(time_us(stamp))
 
 
 def _order(row: asyncpg.Record) -> pb.Order:
@@ -409,7 +427,7 @@ def _order(row: asyncpg.Record) -> pb.Order:
             setattr(order.pending_terms, term[1], value)
         elif column in TIMES:
             getattr(order, column).FromDatetime(value.astimezone(UTC))
-        elif column in ENUMS:
+        elif column in VALUES:
             setattr(order, column, VALUES[column][value])
         else:
             setattr(order, column, str(value) if isinstance(value, UUID) else value)

@@ -1,14 +1,14 @@
 """The commands that share a transaction: read all at once, decided one by one, written
 all at once.
 
-Locks are taken in one order by everybody: strategies with limits, names of orders,
+Locks are taken in one order by everybody: names of new orders, strategies with limits,
 orders, positions, signals, the heads of the logs.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from math import fsum
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -57,20 +57,21 @@ Name = tuple[str, str]  # strategy_id, client_order_id
 ExecName = tuple[str, str]  # order_id, broker_exec_id
 
 
+class Bounds(NamedTuple):
+    """What the risk of new orders is checked against."""
+
+    limits: Mapping[str, risk.Limits]  # by strategy
+    quotes: Mapping[str, pb.Quote]  # of the symbols of market orders, if needed
+
+
 class Round:
     """One transaction's worth of commands."""
 
-    def __init__(
-        self,
-        conn: Connection,
-        limits: Mapping[str, risk.Limits],
-        quotes: Mapping[str, pb.Quote],
-    ) -> None:
+    def __init__(self, conn: Connection) -> None:
         self.executions: list[pb.Execution] = []  # booked
         self.appended: list[tuple[str, int, list[logs.Event]]] = []
         self._conn = conn
-        self._limits = limits
-        self._quotes = quotes
+        self._bounds = Bounds({}, {})
         self._at = _now()
         self._exposure = Exposure({}, ())
         self._keys: dict[Name, Key] = {}
@@ -87,16 +88,19 @@ class Round:
         self._events: list[pb.OrderEvent] = []
         self._booked: list[tuple[pb.OrderEvent, list[pb.Execution]]] = []
 
-    async def run(self, commands: Sequence[Command]) -> list[Outcome]:
+    async def run(
+        self, commands: Sequence[Command], bounds: Awaitable[Bounds]
+    ) -> list[Outcome]:
         """Return what came of each command; the caller commits."""
-        await self._read(commands)
+        await self._read(commands, bounds)
         outcomes = [self._decide(command) for command in commands]
         await self._write()
         return outcomes
 
-    async def check(self, new: pb.NewOrder) -> float | None:
+    async def check(self, new: pb.NewOrder, bounds: Bounds) -> float | None:
         """Raise what submitting an order would; return its notional, if there is a
         price. Nothing is written."""
+        self._bounds = bounds
         name = _name(new)
         self._keys = await queries.keys_of(self._conn, [name])
         if key := self._keys.get(name):
@@ -111,18 +115,21 @@ class Round:
             await self._read_exposure(self._limited())
             if breach := self._breach(order, terms, None):
                 raise _risk_error(lifecycle.denied(order, breach.code, breach.text))
-        price = risk.price_of(order, terms, self._quotes.get(new.symbol))
+        price = risk.price_of(order, terms, self._bounds.quotes.get(new.symbol))
         return None if price is None else new.quantity * price
 
     # --- Reading ---
 
-    async def _read(self, commands: Sequence[Command]) -> None:
+    async def _read(
+        self, commands: Sequence[Command], bounds: Awaitable[Bounds]
+    ) -> None:
         submits = [c for c in commands if isinstance(c, Submit)]
         fills = [c.report for c in commands if isinstance(c, Fill)]
-        if limited := self._limited():
-            await queries.lock_strategies(self._conn, limited)
         if submits:
             await self._claim(submits)
+        self._bounds = await bounds
+        if limited := self._limited():
+            await queries.lock_strategies(self._conn, limited)
         wanted = {key.order_id for key in self._keys.values()} - self._created
         for command in commands:
             if not isinstance(command, Submit):
@@ -137,7 +144,7 @@ class Round:
 
     def _limited(self) -> list[str]:
         """Return the strategies whose limits depend on what they hold."""
-        limits = self._limits.items()
+        limits = self._bounds.limits.items()
         return sorted(strategy for strategy, own in limits if risk.needs_exposure(own))
 
     async def _read_exposure(self, strategies: Sequence[str]) -> None:
@@ -235,10 +242,10 @@ class Round:
     def _breach(
         self, order: pb.Order, terms: pb.Terms, more: float | None
     ) -> risk.Breach | None:
-        limits = self._limits.get(order.strategy_id)
+        limits = self._bounds.limits.get(order.strategy_id)
         if not limits:
             return None
-        price = risk.price_of(order, terms, self._quotes.get(order.symbol))
+        price = risk.price_of(order, terms, self._bounds.quotes.get(order.symbol))
         return risk.breach(limits, order, terms, price, self._exposure, more)
 
     def _change(self, change: Change) -> Done:

@@ -15,8 +15,9 @@ from quantplane_server.db import Database
 from quantplane_server.log import Logs
 from quantplane_server.orders import risk
 from quantplane_server.orders.commands import Command, Outcome, Replace, Submit
-from quantplane_server.orders.round import Round
+from quantplane_server.orders.round import Bounds, Round
 from quantplane_server.reference.queries import risk_limits
+from quantplane_server.tasks import end
 from quantplane_server.watch import Watches
 
 MOST = 256  # commands that share a transaction
@@ -55,9 +56,9 @@ class Writer:
     async def validate(self, order: pb.NewOrder) -> float | None:
         """Raise what submitting an order would now; return its notional, if known."""
         limits = await self._limits([Submit(order)])
-        quotes = await self._latest_quotes([order.symbol])
+        bounds = Bounds(limits, await self._latest_quotes([order.symbol]))
         async with self._db.transaction("repeatable_read", readonly=True) as conn:
-            return await Round(conn, limits, quotes).check(order)
+            return await Round(conn).check(order, bounds)
 
     async def run(self) -> None:
         """Tell who watches portfolios that executions were booked, until cancelled."""
@@ -84,16 +85,23 @@ class Writer:
         raise AssertionError
 
     async def _commit(self, commands: Sequence[Command]) -> list[Outcome]:
-        limits = await self._limits(commands)
-        quotes = await self._quotes(commands, limits)
-        async with self._db.transaction() as conn:
-            done = Round(conn, limits, quotes)
-            outcomes = await done.run(commands)
+        # Read while the transaction begins: they may be in another database.
+        bounds = asyncio.create_task(self._bounds(commands))
+        try:
+            async with self._db.transaction() as conn:
+                done = Round(conn)
+                outcomes = await done.run(commands, bounds)
+        finally:
+            await end(bounds)
         for appended in done.appended:
             self._logs.committed(*appended)
         if done.executions:
             self._booked.set()
         return outcomes
+
+    async def _bounds(self, commands: Sequence[Command]) -> Bounds:
+        limits = await self._limits(commands)
+        return Bounds(limits, await self._quotes(commands, limits))
 
     async def _limits(self, commands: Sequence[Command]) -> dict[str, risk.Limits]:
         strategies = {c.order.strategy_id for c in commands if isinstance(c, Submit)}
