@@ -14,8 +14,10 @@ setup: .venv/.ready
 run: setup
 	$(BIN)/quantplane-server up --demo --data-dir .quantplane/demo
 
+# What is killed and restarted has the machine to itself.
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/faults --ignore tests/embedded
+	$(BIN)/pytest tests/faults tests/embedded
 
 check: setup
 	$(BIN)/ruff check .

@@ -236,6 +236,7 @@ async def test_rows_are_kept_as_long_as_specified(
     query = "SELECT table_name, drop_after::text FROM retention_policies"
     kept = dict(await connection.fetch(query))
     assert kept.pop("option_chain_times") == kept.get("options_chains", "5 years")
+    assert kept.pop("event_log") == "30 days"
     if edition_now is Edition.COMMUNITY:
         assert not kept
         query = """

@@ -1,6 +1,7 @@
 """What every slice's checks.py stands on: rules collected, refused all at once."""
 
 import math
+import re
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
@@ -21,10 +22,15 @@ FIRST = datetime(1900, 1, 1, tzinfo=UTC)
 LAST = datetime(9999, 12, 31, tzinfo=UTC)
 TICK = timedelta(microseconds=1)
 
+CANONICAL = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
 SYMBOL = "must be 1 to 64 printable characters without leading or trailing space"
 TIME = "must lie between 1900-01-01 and one day ahead of the server's clock"
 BOUND = "must lie between the years 1900 and 9999"
 PRICE = "must be finite"
+ID = "must be a UUID, in lower case with hyphens"
+MAX_AMOUNT = 1e15  # of what is summed and multiplied, so that results stay finite
+AMOUNT = "must be finite and at most 1e15 in magnitude"
 COUNT = "must be at least 0"
 
 
@@ -116,6 +122,15 @@ def is_bound(stamp: Timestamp) -> bool:
 
 def is_price(value: float) -> bool:
     return math.isfinite(value)
+
+
+def is_id(text: str) -> bool:
+    """Tell whether this is a UUID as the server writes it."""
+    return CANONICAL.fullmatch(text) is not None
+
+
+def is_amount(value: float) -> bool:
+    return abs(value) <= MAX_AMOUNT
 
 
 def seconds(value: Duration) -> float:

@@ -206,6 +206,7 @@ async def test_retention_is_reported_whoever_sees_to_it(
     }
     years = {"market_data": 5, "signals": 5, "options_chains": 5}
     years["option_chain_times"] = 5
+    years["event_log"] = 30 / 365
     assert kept == years | {"portfolio_snapshots": 10}
 
 

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from operator import gt
 from typing import NamedTuple
 
@@ -111,9 +112,13 @@ async def test_trading_goes_on_while_valkey_is_away(desk: Desk):
         began = time.monotonic()
         while time.monotonic() - began < AWAY_S:
             before = progress(trading)
-            await until(lambda: all(map(gt, progress(trading), before)), "more")
+            await until(partial(ahead, trading, before), "more")
         assert trading.journal.failures.total() == failures
         await desk.valkey.start()
+
+
+def ahead(trading: Trading, before: tuple[int, int, int]) -> bool:
+    return all(map(gt, progress(trading), before))
 
 
 def progress(trading: Trading) -> tuple[int, int, int]:

@@ -9,7 +9,8 @@ import grpc
 import pytest
 
 from quantplane import Client
-from quantplane_server.models import queries, service
+from quantplane_server.checks import LAST, to_us
+from quantplane_server.models import queries
 from tests.conftest import both_editions
 from tests.models import (
     MODELS,
@@ -123,7 +124,7 @@ async def test_each_symbol_costs_one_probe_of_its_index(
 ):
     explained: Any = Explained(connection)
     for table in queries.HESTON, queries.SABR:
-        await queries.latest(explained, table, ["S1", "S2"], service.LAST_US, 10)
+        await queries.latest(explained, table, ["S1", "S2"], to_us(LAST), 10)
         executed = [scan for scan in explained.scans if "never executed" not in scan]
         assert len(executed) == 1  # of the table, or of its newest chunk
         assert f"idx_{table.kind}_symbol" in executed[0]

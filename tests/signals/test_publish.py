@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from quantplane import Client
 from quantplane import v1 as pb
-from quantplane_server.checks import SYMBOL, TIME
+from quantplane_server.checks import AMOUNT, ID, SYMBOL, TIME
 from quantplane_server.config import Settings
 from quantplane_server.constraints import ONCE, RULES
 from quantplane_server.db import Database
 from quantplane_server.main import serving
-from quantplane_server.signals.checks import EMPTY, EXPIRATION, ID, PRICE
+from quantplane_server.signals.checks import EMPTY, EXPIRATION
 from quantplane_server.signals.metadata import MAX_BYTES, MAX_DEPTH, METADATA
 from tests.admin import connected, vanish
 from tests.conftest import both_editions
@@ -283,7 +283,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("confidence", UP, CONFIDENCE),
     ("confidence", DOWN, CONFIDENCE),
     ("confidence", nan, CONFIDENCE),
-    *((field, price, PRICE) for field in ("target_price", "stop_loss")
+    *((field, price, AMOUNT) for field in ("target_price", "stop_loss")
       for price in (nan, inf, -inf, nextafter(1e15, inf), -nextafter(1e15, inf))),
     ("time", without("time"), TIME),
     ("time", timed("time", "1899-12-31T23:59:59Z"), TIME),
@@ -360,8 +360,8 @@ async def test_every_violation_of_a_request_is_told_at_once(client: Client):
         ("signals[1].signal_type", TYPE),
         ("signals[1].strength", STRENGTH),
         ("signals[1].confidence", CONFIDENCE),
-        ("signals[1].target_price", PRICE),
-        ("signals[1].stop_loss", PRICE),
+        ("signals[1].target_price", AMOUNT),
+        ("signals[1].stop_loss", AMOUNT),
         ("signals[1].expiration", EXPIRATION),
         ("signals[1].metadata", METADATA),
         ("signals[1].status", EMPTY),

@@ -90,8 +90,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_ORDER_TERMINAL: _ErrorReason.ValueType  # 17
     """FAILED_PRECONDITION. The order is filled, cancelled, rejected or expired
-    (metadata.status). Nothing can change it but late fills, busts and
-    corrections.
+    (metadata.status, metadata.event). Nothing can change it but late fills,
+    busts and corrections.
     """
     ERROR_REASON_ILLEGAL_TRANSITION: _ErrorReason.ValueType  # 18
     """FAILED_PRECONDITION. What was asked does not fit the state
@@ -195,8 +195,8 @@ ERROR_REASON_UNKNOWN_EXECUTION: ErrorReason.ValueType  # 16
 """
 ERROR_REASON_ORDER_TERMINAL: ErrorReason.ValueType  # 17
 """FAILED_PRECONDITION. The order is filled, cancelled, rejected or expired
-(metadata.status). Nothing can change it but late fills, busts and
-corrections.
+(metadata.status, metadata.event). Nothing can change it but late fills,
+busts and corrections.
 """
 ERROR_REASON_ILLEGAL_TRANSITION: ErrorReason.ValueType  # 18
 """FAILED_PRECONDITION. What was asked does not fit the state

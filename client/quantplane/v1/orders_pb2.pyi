@@ -214,7 +214,7 @@ class _OrderEventTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OrderE
     ORDER_EVENT_TYPE_REJECTED: _OrderEventType.ValueType  # 5
     """The broker refuses it. FIX ExecType 8."""
     ORDER_EVENT_TYPE_TRIGGERED: _OrderEventType.ValueType  # 6
-    """Its stop price is reached. FIX ExecType L."""
+    """Its stop price is reached. FIX ExecType D in 4.4, L since 5.0."""
     ORDER_EVENT_TYPE_TRADE: _OrderEventType.ValueType  # 7
     """A fill. FIX ExecType F."""
     ORDER_EVENT_TYPE_CANCEL_REQUESTED: _OrderEventType.ValueType  # 8
@@ -254,7 +254,7 @@ ORDER_EVENT_TYPE_ACKNOWLEDGED: OrderEventType.ValueType  # 4
 ORDER_EVENT_TYPE_REJECTED: OrderEventType.ValueType  # 5
 """The broker refuses it. FIX ExecType 8."""
 ORDER_EVENT_TYPE_TRIGGERED: OrderEventType.ValueType  # 6
-"""Its stop price is reached. FIX ExecType L."""
+"""Its stop price is reached. FIX ExecType D in 4.4, L since 5.0."""
 ORDER_EVENT_TYPE_TRADE: OrderEventType.ValueType  # 7
 """A fill. FIX ExecType F."""
 ORDER_EVENT_TYPE_CANCEL_REQUESTED: OrderEventType.ValueType  # 8

@@ -48,7 +48,7 @@ class Position(_message.Message):
     unrealized_pnl: _builtins.float
     """quantity * (mark - average_cost)."""
     mark: _builtins.float
-    """What the position is marked at."""
+    """What the position is marked at; 0 if flat."""
     value: _builtins.float
     """quantity * mark."""
     strategy_id: _builtins.str

@@ -101,7 +101,7 @@ class PortfolioServiceServicer(object):
 
     def GetPortfolio(self, request, context):
         """Returns the account, or one strategy, with its positions, at the live mark.
-        Errors: INVALID_FIELD.
+        Errors: INVALID_FIELD, RESULT_TOO_LARGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,7 +119,8 @@ class PortfolioServiceServicer(object):
         """Streams the portfolio: all of it, then what changes, by fills at once and by
         quotes at the interval. Changes that come faster than they are read are
         merged; the latest is never left out.
-        Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, TOO_MANY_STREAMS.
+        Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, TOO_MANY_STREAMS,
+        RESULT_TOO_LARGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -33,7 +33,7 @@ class PortfolioServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetPortfolio: _aio.UnaryUnaryMultiCallable[_portfolio_pb2.GetPortfolioRequest, _portfolio_pb2.GetPortfolioResponse]
     """Returns the account, or one strategy, with its positions, at the live mark.
-    Errors: INVALID_FIELD.
+    Errors: INVALID_FIELD, RESULT_TOO_LARGE.
     """
     ListPositions: _aio.UnaryUnaryMultiCallable[_portfolio_pb2.ListPositionsRequest, _portfolio_pb2.ListPositionsResponse]
     """Lists positions by pages, at the live mark, in order of symbol.
@@ -43,7 +43,8 @@ class PortfolioServiceStub:
     """Streams the portfolio: all of it, then what changes, by fills at once and by
     quotes at the interval. Changes that come faster than they are read are
     merged; the latest is never left out.
-    Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, TOO_MANY_STREAMS.
+    Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, TOO_MANY_STREAMS,
+    RESULT_TOO_LARGE.
     """
     TakeSnapshot: _aio.UnaryUnaryMultiCallable[_portfolio_pb2.TakeSnapshotRequest, _portfolio_pb2.TakeSnapshotResponse]
     """Writes a snapshot of the account now, beside the scheduled ones, and returns
@@ -84,7 +85,7 @@ class PortfolioServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_portfolio_pb2.GetPortfolioRequest, _abc.Awaitable[_portfolio_pb2.GetPortfolioResponse]],
     ) -> _abc.Awaitable[_portfolio_pb2.GetPortfolioResponse]:
         """Returns the account, or one strategy, with its positions, at the live mark.
-        Errors: INVALID_FIELD.
+        Errors: INVALID_FIELD, RESULT_TOO_LARGE.
         """
 
     @_abc_1.abstractmethod
@@ -106,7 +107,8 @@ class PortfolioServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams the portfolio: all of it, then what changes, by fills at once and by
         quotes at the interval. Changes that come faster than they are read are
         merged; the latest is never left out.
-        Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, TOO_MANY_STREAMS.
+        Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, TOO_MANY_STREAMS,
+        RESULT_TOO_LARGE.
         """
 
     @_abc_1.abstractmethod

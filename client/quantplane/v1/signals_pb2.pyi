@@ -112,7 +112,7 @@ class Signal(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
     signal_id: _builtins.str
-    """A UUID. Required."""
+    """A UUID, in lower case with hyphens. Required."""
     strategy_id: _builtins.str
     """Required."""
     symbol: _builtins.str
@@ -143,7 +143,9 @@ class Signal(_message.Message):
 
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Whatever belongs to it, at most 16 KiB as JSON. Omitted: nothing."""
+        """Whatever belongs to it: at most 16 KiB as JSON and 16 levels deep, of finite
+        numbers and of text without NUL. Omitted: nothing.
+        """
 
     def __init__(
         self,
@@ -346,7 +348,9 @@ class ListSignalsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """1 to 10,000. Omitted: 1,000."""
+    """1 to 10,000. Omitted: 1,000. A page may hold fewer where its signals are
+    large.
+    """
     page_token: _builtins.str
     """Omitted: the first page."""
     @_builtins.property

@@ -122,7 +122,8 @@ class SignalServiceServicer(object):
         """Streams the wanted signals that are active, then every event of them,
         without loss, in the order in which they were committed.
         Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, COMPACTED, TOO_MANY_STREAMS,
-        RESULT_TOO_LARGE (over 100,000 active signals: narrow the filter).
+        RESULT_TOO_LARGE (over 100,000 active signals, or 64 MiB of them: narrow the
+        filter).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,7 +48,8 @@ class SignalServiceStub:
     """Streams the wanted signals that are active, then every event of them,
     without loss, in the order in which they were committed.
     Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, COMPACTED, TOO_MANY_STREAMS,
-    RESULT_TOO_LARGE (over 100,000 active signals: narrow the filter).
+    RESULT_TOO_LARGE (over 100,000 active signals, or 64 MiB of them: narrow the
+    filter).
     """
 
 class SignalServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -115,7 +116,8 @@ class SignalServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams the wanted signals that are active, then every event of them,
         without loss, in the order in which they were committed.
         Errors: INVALID_FIELD, INVALID_RESUME_TOKEN, COMPACTED, TOO_MANY_STREAMS,
-        RESULT_TOO_LARGE (over 100,000 active signals: narrow the filter).
+        RESULT_TOO_LARGE (over 100,000 active signals, or 64 MiB of them: narrow the
+        filter).
         """
 
 def add_SignalServiceServicer_to_server(servicer: SignalServiceServicer, server: _aio.Server) -> None: ...

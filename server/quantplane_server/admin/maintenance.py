@@ -57,9 +57,10 @@ class Maintenance:
         while True:
             try:
                 async with self._db.session() as session:
-                    while await queries.claim_maintenance(session):
-                        for task in self._tasks:
-                            await self._run(session, task)
+                    while True:
+                        if await queries.claim_maintenance(session):
+                            for task in self._tasks:
+                                await self._run(session, task)
                         await asyncio.sleep(self._interval_s)
             except databases.UNAVAILABLE as error:
                 logger.warning("maintenance paused, trying again: %r", error)

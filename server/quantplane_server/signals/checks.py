@@ -1,14 +1,17 @@
 """The rules of the signals' requests, as their proto comments state them."""
 
 from collections.abc import Sequence
-from uuid import UUID
 
 from quantplane import v1 as pb
 from quantplane_server.checks import (
+    AMOUNT,
+    ID,
     SYMBOL,
     TIME,
     Checks,
+    is_amount,
     is_bound,
+    is_id,
     is_name,
     is_time,
     time_us,
@@ -18,10 +21,7 @@ from quantplane_server.signals.metadata import METADATA, is_metadata
 
 MAX_BATCH = 1_000
 MAX_NAMES = 1_000
-MAX_PRICE = 1e15
 
-ID = "must be a UUID, in lower case with hyphens"
-PRICE = "must be finite and at most 1e15 in magnitude"
 EXPIRATION = "must lie after time, and before the year 10000"
 EMPTY = "must be empty: the server sets it"
 AT_MOST = f"must be at most {MAX_NAMES:,}"
@@ -50,8 +50,8 @@ def _check_signal(check: Checks, signal: pb.Signal, at: str) -> None:
     check.constraint("valid_signal_type", signal.signal_type in TYPES, at)
     check.constraint("valid_strength", is_fraction(signal.strength), at)
     check.constraint("valid_confidence", is_fraction(signal.confidence), at)
-    check(is_price(signal.target_price), at + "target_price", PRICE)
-    check(is_price(signal.stop_loss), at + "stop_loss", PRICE)
+    check(is_amount(signal.target_price), at + "target_price", AMOUNT)
+    check(is_amount(signal.stop_loss), at + "stop_loss", AMOUNT)
     if signal.HasField("expiration"):
         later = time_us(signal.expiration) > time_us(signal.time)
         after = later and is_bound(signal.expiration)
@@ -98,17 +98,5 @@ def _check_filter(check: Checks, wanted: pb.SignalFilter) -> None:
     check(is_fraction(wanted.min_strength), "filter.min_strength", FRACTION)
 
 
-def is_id(text: str) -> bool:
-    """Tell whether this is a UUID as PostgreSQL writes it."""
-    try:
-        return str(UUID(text)) == text
-    except ValueError:
-        return False
-
-
 def is_fraction(value: float) -> bool:
     return 0 <= value <= 1
-
-
-def is_price(value: float) -> bool:
-    return abs(value) <= MAX_PRICE
