@@ -50,7 +50,10 @@ def _interval_s(value: Any) -> float:
 
 def _session_end(value: Any) -> SessionEnd:
     clock, _, zone = value.partition(" ")
-    return SessionEnd(time.fromisoformat(clock), ZoneInfo(zone or "UTC"))
+    at = time.fromisoformat(clock)
+    if at.tzinfo:
+        raise ValueError("the zone stands behind the time")
+    return SessionEnd(at, ZoneInfo(zone or "UTC"))
 
 
 # In quote currency, before the first execution.

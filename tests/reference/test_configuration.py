@@ -1,0 +1,62 @@
+"""What servers read from the table of configurations."""
+
+import json
+from typing import Any
+
+import pytest
+
+from quantplane_server.db import Database
+from quantplane_server.reference.configuration import (
+    INITIAL_CASH,
+    SESSION_END,
+    SNAPSHOT_INTERVAL,
+    Setting,
+    configured,
+)
+from tests.orders.test_expiry import configure
+
+SETTINGS = (INITIAL_CASH, SNAPSHOT_INTERVAL, SESSION_END)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda each: each.key)
+async def test_a_key_that_is_not_set_has_its_default(dsn: str, setting: Setting[Any]):
+    db = await Database.open(dsn)
+    assert await configured(db, setting) == setting.default
+    await db.close()
+
+
+async def test_a_value_is_read_each_time(dsn: str):
+    db = await Database.open(dsn)
+    for cash in (5, 7.5, -1):
+        await configure(dsn, INITIAL_CASH.key, cash)
+        assert await configured(db, INITIAL_CASH) == cash
+    await db.close()
+
+
+UNUSABLE = [
+    (INITIAL_CASH, "5"),
+    (INITIAL_CASH, None),
+    (INITIAL_CASH, True),
+    (SNAPSHOT_INTERVAL, 0),
+    (SNAPSHOT_INTERVAL, 1e9),
+    (SNAPSHOT_INTERVAL, [60]),
+    (SESSION_END, 17),
+    (SESSION_END, "17:00 Nowhere/Land"),
+    (SESSION_END, "25:00 UTC"),
+    (SESSION_END, "17:00+02:00 UTC"),
+    (SESSION_END, "17:00 ../../etc/passwd"),
+    (SESSION_END, {"time": "17:00"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), UNUSABLE, ids=lambda each: json.dumps(each, default=str)
+)
+async def test_a_value_that_can_t_be_used_is_as_if_not_set_and_is_logged(
+    dsn: str, setting: Setting[Any], value: Any, caplog: pytest.LogCaptureFixture
+):
+    await configure(dsn, setting.key, value)
+    db = await Database.open(dsn)
+    assert await configured(db, setting) == setting.default
+    await db.close()
+    assert value is None or setting.key in caplog.text
