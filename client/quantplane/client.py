@@ -51,9 +51,9 @@ class Client:
 
     The target is QUANTPLANE_TARGET, or 127.0.0.1:50051, where none is given.
     Unary methods that are safe to repeat are retried while the server is away,
-    and end within 10 s; all others are called once. An empty idempotency key is
-    filled before the first try, in a copy of the request: whoever repeats a call
-    after its error sets the key.
+    and end within 10 s unless they are long_running; all others are called once.
+    An empty idempotency key is filled before the first try, in a copy of the
+    request: whoever repeats a call after its error sets the key.
     """
 
     market_data: pb.MarketDataServiceStub
@@ -137,14 +137,20 @@ def attribute_of(service: ServiceDescriptor) -> str:
 
 def service_config(services: Iterable[ServiceDescriptor]) -> dict[str, Any]:
     """Return gRPC's service config, which says what may be retried and how."""
-    names = [
-        {"service": service.full_name, "method": method.name}
-        for service in services
-        for method in service.methods
-        if _unary(method) and _repeatable(method)
+    timed: list[dict[str, str]] = []
+    untimed: list[dict[str, str]] = []
+    for service in services:
+        for method in filter(_unary, service.methods):
+            if _repeatable(method):
+                long = method.GetOptions().Extensions[pb.long_running]
+                name = {"service": service.full_name, "method": method.name}
+                (untimed if long else timed).append(name)
+    config = {"waitForReady": True, "retryPolicy": RETRY}
+    configs = [
+        {"name": timed, **config, "timeout": TIMEOUT},
+        {"name": untimed, **config},
     ]
-    method = {"waitForReady": True, "timeout": TIMEOUT, "retryPolicy": RETRY}
-    return {"methodConfig": [{"name": names, **method}] if names else []}
+    return {"methodConfig": [each for each in configs if each["name"]]}
 
 
 def _unary(method: MethodDescriptor) -> bool:

@@ -114,6 +114,7 @@ class Follower(Generic[Response]):
         self._sequence = self._acknowledged = 0
         self._must_acknowledge = False
         self._requests: _Requests | None = None
+        self._beginning: asyncio.Task[None] | None = None
         self._opened = False
         self._backoff = Backoff()
         self._tick_s = _silence_s(request) / TICKS
@@ -146,6 +147,8 @@ class Follower(Generic[Response]):
         if self._call is not None:
             with suppress(RuntimeError):  # the loop is closed, the call with it
                 self._loop.call_soon_threadsafe(self._call.cancel)
+                if self._beginning is not None:
+                    self._loop.call_soon_threadsafe(self._beginning.cancel)
 
     def __aiter__(self) -> Self:
         return self
@@ -232,7 +235,10 @@ class Follower(Generic[Response]):
         if self._both_ways:
             call = self._call = self._method(wait_for_ready=True)
             self._requests = _Requests(call)
-            await self._requests.write(self._request, *self._updates)
+            # gRPC never ends a write to a call that is cancelled before its server
+            # can be reached. Reading does end, so it must not wait for the write.
+            first = self._requests.write(self._request, *self._updates)
+            self._beginning = asyncio.create_task(first)
         else:
             call = self._call = self._method(self._request, wait_for_ready=True)
         return call
@@ -240,6 +246,8 @@ class Follower(Generic[Response]):
     def _disconnect(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if self._beginning is not None:
+            self._beginning.cancel()
         if self._call is not None:
             self._call.cancel()
         self._call = self._requests = None

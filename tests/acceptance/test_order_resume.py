@@ -5,12 +5,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
+import grpc
 
 from quantplane import Client
 from quantplane import v1 as pb
 from quantplane.follow import Follower
 from tests.conftest import Server
-from tests.orders import new_order, report, submit, watching
+from tests.orders import new_order, refused, report, submit, watching
 
 BATCH = 1_000
 AWAY = 10 * BATCH  # events
@@ -77,6 +78,9 @@ async def test_behind_what_is_kept_a_watcher_gets_a_gap_and_what_is_live(
     connection = await asyncpg.connect(server.settings.postgres_dsn)
     await connection.execute("DELETE FROM event_log WHERE revision < 3")
     await connection.close()
+    call = client.order.WatchOrders(pb.WatchOrdersRequest(resume_token=token))
+    code, reason, _ = await refused(anext(aiter(call)))
+    assert (code, reason) == (grpc.StatusCode.OUT_OF_RANGE, "COMPACTED")
     async with follow(client, token) as stream:
         gap = (await anext(stream)).event.gap
         assert gap.cause == pb.GAP_CAUSE_COMPACTED

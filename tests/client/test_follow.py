@@ -165,6 +165,21 @@ async def test_a_server_that_never_answers_is_called_again():
         assert await lasts(follower, 1) == [1]
 
 
+@pytest.mark.parametrize("method", ["StreamQuotes", "SubscribeQuotes"])
+async def test_a_server_that_can_t_be_reached_is_called_again_and_again(method: str):
+    request = getattr(pb, f"{method}Request")(symbols=["ES"])
+    request.heartbeat_interval.CopyFrom(seconds(0.02))
+    with socket.socket() as nobody:  # takes the port, and does not listen
+        nobody.bind(("127.0.0.1", 0))
+        async with Client(f"127.0.0.1:{nobody.getsockname()[1]}") as client:
+            follower = client.follow(getattr(client.market_data, method), request)
+            waiting = asyncio.create_task(anext(follower))
+            async with asyncio.timeout(20):
+                while follower.reconnects < 3:
+                    await asyncio.sleep(0.01)
+            waiting.cancel()
+
+
 async def test_heartbeats_keep_a_stream_without_data_alive():
     async def beats(request, context):
         for _ in range(20):

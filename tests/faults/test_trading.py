@@ -22,11 +22,13 @@ from tests.faults.trading import (
     Journal,
     Trading,
     Venue,
+    kill_a_commit,
     new_order,
     number_of,
+    slow_commits,
     stored_orders,
 )
-from tests.orders import report
+from tests.orders import events, report, submit, watching
 
 # More than a heartbeat (5 s) and several polls (1 s) of every follower; what comes
 # after is the same again.
@@ -79,6 +81,14 @@ async def test_a_killed_postgresql_loses_and_doubles_nothing(desk: Desk):
             await desk.pause()
 
 
+async def test_postgresql_killed_while_it_commits_loses_and_doubles_nothing(desk: Desk):
+    await slow_commits(desk.dsn)
+    async with ordeal(desk) as (_, trading):
+        for _ in range(4):
+            await kill_a_commit(desk.dsn)
+            await goes_on(trading)
+
+
 async def test_two_of_them_killed_together_lose_and_double_nothing(desk: Desk):
     async with ordeal(desk) as (servers, _):
         for _ in range(2):
@@ -127,6 +137,21 @@ async def goes_on(trading: Trading) -> None:
     """Wait for another order, another fill, and for both watchers to see an end."""
     before = progress(trading)
     await until(lambda: all(map(gt, progress(trading), before)), "trading goes on")
+
+
+async def test_a_server_where_nothing_is_done_polls_while_valkey_is_away(desk: Desk):
+    async with (
+        desk.server() as busy,
+        desk.server() as idle,
+        Client(busy.target) as client,
+        Client(idle.target) as second,
+        watching(second) as stream,
+    ):
+        await desk.valkey.kill()
+        for _ in range(2):
+            order = await submit(client)
+            assert [event.order for event in await events(stream, 1)] == [order]
+        await desk.valkey.start()
 
 
 async def test_orders_wait_while_postgresql_is_away(desk: Desk):
@@ -187,7 +212,7 @@ async def test_an_order_sent_to_two_servers_at_once_is_one(desk: Desk):
         Client(other.target) as second,
     ):
 
-        async def submit(number: int) -> None:
+        async def submit_to_both(number: int) -> None:
             request = pb.SubmitOrderRequest(order=new_order(number))
             calls = (
                 journal.call(each.order.SubmitOrder, request)
@@ -198,7 +223,7 @@ async def test_an_order_sent_to_two_servers_at_once_is_one(desk: Desk):
 
         async with asyncio.TaskGroup() as group:
             for number in range(TWICE):
-                group.create_task(submit(number))
+                group.create_task(submit_to_both(number))
             known = desk.rng.randrange(TWICE)
             await until(lambda: len(journal.orders) > known, "some are known")
             await one.kill()

@@ -6,13 +6,16 @@ order; and every order that a call returned must be one that the watchers saw.
 """
 
 import asyncio
+import os
+import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from math import ceil
 from typing import Any
+from urllib.parse import urlsplit
 
+import asyncpg
 import grpc
 
 from quantplane import Client, reason_of
@@ -29,6 +32,7 @@ QUANTITY = 10.0
 REPEAT_S = 0.05  # before a call whose outcome is unknown is made again
 BATCH = 16  # fills in a call
 ALL = 10_000  # the largest page
+COMMIT_US = 20_000
 
 TERMINAL = (
     pb.ORDER_STATUS_FILLED,
@@ -166,22 +170,33 @@ class Gateway:
         self._client = client
         self._venue = venue
         self._filter = pb.OrderFilter(symbols=symbols)
+        self._commands: list[pb.BrokerCommand] = []  # to be done
+        self._arrived = asyncio.Event()
 
     async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._read())
+            while True:
+                await self._arrived.wait()
+                self._arrived.clear()
+                commands, self._commands = self._commands, []
+                await self._work(commands)
+
+    async def _read(self) -> None:
         request = pb.WatchBrokerCommandsRequest(filter=self._filter)
         method = self._client.broker.WatchBrokerCommands
         async with self._client.follow(method, request) as stream:
             async for response in stream:
                 assert not response.event.HasField("gap")
-                if not self.ready.is_set():
-                    self.found += response.commands
-                if response.commands:
-                    await self._work(response.commands)
+                self._commands += response.commands
                 if response.event.HasField("snapshot_complete"):
+                    self.found += self._commands
                     self.ready.set()
-                    await self._report_fills()  # which a predecessor did not
+                if self.ready.is_set():
+                    self._arrived.set()
 
     async def _work(self, commands: Sequence[pb.BrokerCommand]) -> None:
+        """Do all that is to be done, in few calls, and report what is not yet."""
         orders = [command.order for command in commands]
         pending = [o for o in orders if o.status == pb.ORDER_STATUS_PENDING]
         await self._report(pending, pb.ORDER_EVENT_TYPE_SUBMITTED)
@@ -321,11 +336,11 @@ class Trading:
         )
 
     async def _submit(self) -> None:
+        due, then = 0.0, time.monotonic()
         while True:
-            began = time.monotonic()
             await asyncio.sleep(TICK_S)
-            due = ceil((time.monotonic() - began) * RATE)
-            for _ in range(min(due, OPEN - (self.submitted - self.settled))):
+            due, then = due % 1 + (time.monotonic() - then) * RATE, time.monotonic()
+            for _ in range(min(int(due), OPEN - (self.submitted - self.settled))):
                 self.submitted += 1
                 self._group.create_task(self._trade(self.submitted))
 
@@ -407,3 +422,34 @@ def _fact(execution: pb.ExecutionReport | pb.Execution) -> Fact:
         *(execution.order_id, execution.broker_exec_id),
         *(execution.quantity, execution.price),
     )
+
+
+# --- PostgreSQL -----------------------------------------------------------------------
+
+
+async def slow_commits(dsn: str) -> None:
+    """Have each commit wait before it is written, as for a slow disk."""
+    connection = await asyncpg.connect(dsn)
+    for setting in (f"commit_delay = {COMMIT_US}", "commit_siblings = 0"):
+        database = urlsplit(dsn).path[1:]
+        await connection.execute(f"ALTER DATABASE {database} SET {setting}")
+    await connection.close()
+
+
+async def kill_a_commit(dsn: str) -> None:
+    """Send SIGKILL to a backend that is committing.
+
+    PostgreSQL ends all others at once, for they share memory, and recovers.
+    """
+    connection = await asyncpg.connect(dsn)
+    pid = None
+    while pid is None:
+        pid = await connection.fetchval(
+            """
+            SELECT pid FROM pg_stat_activity
+             WHERE datname = current_database() AND state = 'active'
+               AND query = 'COMMIT;'
+            """
+        )
+    os.kill(pid, signal.SIGKILL)
+    connection.terminate()

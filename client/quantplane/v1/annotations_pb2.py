@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fquantplane/v1/annotations.proto\x12\rquantplane.v1\x1a google/protobuf/descriptor.proto\".\n\nPermission\x12\x10\n\x08resource\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t:O\n\npermission\x12\x1e.google.protobuf.MethodOptions\x18\xe1\x89\x03 \x01(\x0b\x32\x19.quantplane.v1.Permission:8\n\x0fidempotency_key\x12\x1d.google.protobuf.FieldOptions\x18\xe2\x89\x03 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fquantplane/v1/annotations.proto\x12\rquantplane.v1\x1a google/protobuf/descriptor.proto\".\n\nPermission\x12\x10\n\x08resource\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t:O\n\npermission\x12\x1e.google.protobuf.MethodOptions\x18\xe1\x89\x03 \x01(\x0b\x32\x19.quantplane.v1.Permission:6\n\x0clong_running\x12\x1e.google.protobuf.MethodOptions\x18\xe3\x89\x03 \x01(\x08:8\n\x0fidempotency_key\x12\x1d.google.protobuf.FieldOptions\x18\xe2\x89\x03 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)

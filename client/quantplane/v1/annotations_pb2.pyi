@@ -45,10 +45,15 @@ class Permission(_message.Message):
 Global___Permission: _TypeAlias = Permission  # noqa: Y015
 
 PERMISSION_FIELD_NUMBER: _builtins.int
+LONG_RUNNING_FIELD_NUMBER: _builtins.int
 IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
 permission: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, Global___Permission]
 """Every method declares its permission and the standard idempotency_level;
 the server's authorisation and the client's retries read both from here.
+"""
+long_running: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, _builtins.bool]
+"""The call takes time with what is stored: no client ends it by itself, so
+callers choose a deadline.
 """
 idempotency_key: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.FieldOptions, _builtins.bool]
 """The key that makes a retry of a call safe: the same key and the same body

@@ -76,7 +76,7 @@ class Subscription:
         self._beat_due = False
         self._beat_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
-        self._next_send = 0.0
+        self._next_send = self._waking_at = 0.0
 
     # --- Steering, from outside ---
 
@@ -375,8 +375,9 @@ class Subscription:
         if loop.time() >= self._next_send:
             self._next_send = loop.time() + self._interval_s
             return True
-        if self._send_timer is None or self._send_timer.when() < loop.time():
-            self._send_timer = loop.call_at(self._next_send, self._wake.set)
+        if self._waking_at != self._next_send:
+            self._waking_at = self._next_send
+            self._send_timer = loop.call_at(self._waking_at, self._wake.set)
         return False
 
     def _beat(self) -> None:

@@ -93,6 +93,8 @@ class Writer:
                 outcomes = await done.run(commands, bounds)
         finally:
             await end(bounds)
+            if not bounds.cancelled():
+                bounds.exception()  # nobody retrieves it if the transaction fails too
         for appended in done.appended:
             self._logs.committed(*appended)
         if done.executions:
