@@ -1,7 +1,9 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 import pytest
@@ -10,6 +12,10 @@ from quantplane_server import migrate
 from quantplane_server.db import UNAVAILABLE, Connection, Database, Edition
 from quantplane_server.embedded import Postgres
 from tests.postgres import database
+
+SOCKET = ".s.PGSQL.5432"
+ENDING = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection\0\0"
+ENDED = b"E" + (len(ENDING) + 4).to_bytes(4, "big") + ENDING
 
 END_SLEEPER = """
     DO $$ BEGIN
@@ -133,6 +139,24 @@ async def test_a_connection_lost_between_statements_is_unavailable_too(
                 await lost.fetchval("SELECT 1")
 
 
+async def test_a_connection_is_unavailable_once_postgresql_says_that_it_ends(
+    postgres_dsn: str, tmp_path: Path
+):
+    async with (
+        relayed(postgres_dsn, tmp_path) as (dsn, clients),
+        opened(dsn, pool_size=2) as db,
+        db.connection() as other,
+    ):
+        for begin in (db.connection, db.transaction):
+            async with db.connection() as connection:
+                await connection.fetchval("SELECT 1")
+            clients[-1].write(ENDED)
+            await other.fetchval("SELECT 1")  # by then it was read
+            with pytest.raises(UNAVAILABLE):
+                async with begin() as connection:
+                    await connection.fetchval("SELECT 1")
+
+
 async def test_a_wrong_argument_is_not_taken_for_an_absent_database(postgres_dsn: str):
     async with database(postgres_dsn) as dsn, opened(dsn) as db:
         with pytest.raises(asyncpg.DataError) as caught:
@@ -180,6 +204,30 @@ async def opened(dsn: str, **options: Any) -> AsyncIterator[Database]:
         yield db
     finally:
         await db.close()
+
+
+@asynccontextmanager
+async def relayed(
+    dsn: str, folder: Path
+) -> AsyncIterator[tuple[str, list[asyncio.StreamWriter]]]:
+    """A DSN of the same server, and what writes to each client beside the server."""
+    server_folder = parse_qs(urlsplit(dsn).query)["host"][0]
+    clients = []
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        clients.append(writer)
+        path = f"{server_folder}/{SOCKET}"
+        from_server, to_server = await asyncio.open_unix_connection(path)
+        await asyncio.gather(copy(reader, to_server), copy(from_server, writer))
+
+    async with await asyncio.start_unix_server(relay, folder / SOCKET):
+        yield dsn.replace(server_folder, str(folder)), clients
+
+
+async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65_536):
+        writer.write(data)
+    writer.close()
 
 
 async def put(connection: Connection, purpose: str) -> None:

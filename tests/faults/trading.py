@@ -83,7 +83,8 @@ def fills_of(number: int) -> list[float]:
 
 def is_settled(order: pb.Order) -> bool:
     """Tell whether nothing more happens to an order."""
-    return order.filled_quantity == sum(fills_of(number_of(order)))
+    filled = order.filled_quantity == sum(fills_of(number_of(order)))
+    return filled and order.status in TERMINAL
 
 
 # --- Calls ----------------------------------------------------------------------------

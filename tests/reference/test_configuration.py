@@ -50,7 +50,9 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), UNUSABLE, ids=lambda each: json.dumps(each, default=str)
+    ("setting", "value"),
+    UNUSABLE,
+    ids=[f"{setting.key}={json.dumps(value)}" for setting, value in UNUSABLE],
 )
 async def test_a_value_that_can_t_be_used_is_as_if_not_set_and_is_logged(
     dsn: str, setting: Setting[Any], value: Any, caplog: pytest.LogCaptureFixture
