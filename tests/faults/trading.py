@@ -11,7 +11,7 @@ import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +22,7 @@ from quantplane import Client, reason_of
 from quantplane import v1 as pb
 from quantplane.errors import is_transient
 from quantplane.follow import Follower
+from quantplane_server.db import UNAVAILABLE
 from tests.faults import TICK_S, until
 
 RATE = 200  # orders a second
@@ -442,15 +443,23 @@ async def kill_a_commit(dsn: str) -> None:
 
     PostgreSQL ends all others at once, for they share memory, and recovers.
     """
-    connection = await asyncpg.connect(dsn)
     pid = None
     while pid is None:
-        pid = await connection.fetchval(
+        with suppress(*UNAVAILABLE):  # it recovers from the last time
+            pid = await _committing(dsn)
+    os.kill(pid, signal.SIGKILL)
+
+
+async def _committing(dsn: str) -> int | None:
+    connection = await asyncpg.connect(dsn)
+    try:
+        pid: int | None = await connection.fetchval(
             """
             SELECT pid FROM pg_stat_activity
              WHERE datname = current_database() AND state = 'active'
                AND query = 'COMMIT;'
             """
         )
-    os.kill(pid, signal.SIGKILL)
-    connection.terminate()
+        return pid
+    finally:
+        connection.terminate()
