@@ -16,8 +16,8 @@ run: setup
 
 # What is killed and restarted has the machine to itself.
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/faults --ignore tests/embedded
-	$(BIN)/pytest tests/faults tests/embedded
+	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/faults
+	$(BIN)/pytest tests/faults
 
 check: setup
 	$(BIN)/ruff check .
