@@ -59,17 +59,6 @@ class Edition(StrEnum):
     """All of TimescaleDB."""
 
 
-class _Connection(asyncpg.Connection):  # type: ignore[misc]
-    """A connection of the pool."""
-
-    def get_reset_query(self) -> str:
-        """Return nothing: no round trip when it is given back.
-
-        Nobody leaves anything behind but a `session`, which does not give it back.
-        """
-        return ""
-
-
 class Database:
     """Connections to one PostgreSQL database, replaced when they are lost."""
 
@@ -94,7 +83,6 @@ class Database:
             min_size=0,  # a floor would be tried, and logged, while PostgreSQL is away
             max_size=pool_size,
             timeout=acquire_timeout_s,
-            connection_class=_Connection,
             server_settings={"timezone": "UTC", "application_name": "quantplane"},
         )
         try:
