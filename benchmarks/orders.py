@@ -193,9 +193,7 @@ async def transact(parent: Parent, dsn: str) -> None:
         event = pb.OrderEvent(type=pb.ORDER_EVENT_TYPE_CREATED, order=order)
         payload = event.SerializeToString()
         async with connection.transaction():
-            await queries.claim(connection, [key])
-            await queries.store(connection, [order])
             entry = logs.Event("CREATED", order.order_id, payload)
-            await logs.append(connection, "orders", [entry])
+            await queries.store(connection, [key], [order], [entry])
     parent.say(per_s=ORDERS / (perf_counter() - began))
     await connection.close()

@@ -1,5 +1,7 @@
 """The database: a pool of connections, and which edition of it this is."""
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import StrEnum
@@ -7,6 +9,8 @@ from typing import Literal, Self, TypeAlias
 
 import asyncpg
 import asyncpg.pool
+
+logger = logging.getLogger(__name__)
 
 Connection: TypeAlias = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
 Isolation: TypeAlias = Literal["read_committed", "repeatable_read"]
@@ -43,6 +47,8 @@ VERSION_TABLES = {
 # off.
 RESTORING = "quantplane_restoring"
 
+# What asyncpg raises when it uses a connection that is being lost.
+CONFUSED = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 LOST = "the connection was lost"
 
 
@@ -68,6 +74,7 @@ class Database:
         self.edition = edition
         self._pool = pool
         self._acquire_timeout_s = acquire_timeout_s
+        self._releases: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def open(
@@ -100,20 +107,32 @@ class Database:
     async def connection(self) -> AsyncIterator[Connection]:
         """A connection in autocommit mode: each statement is its own transaction."""
         try:
-            async with self._pool.acquire(
-                timeout=self._acquire_timeout_s
-            ) as connection:
-                try:
-                    yield connection
-                except asyncpg.InterfaceError as error:
-                    # asyncpg raises it for a caller's mistake too, which no later try
-                    # would mend.
-                    if _lost(connection):
-                        raise ConnectionResetError(LOST) from error
-                    raise
+            connection = await self._pool.acquire(timeout=self._acquire_timeout_s)
+            try:
+                yield connection
+            except asyncpg.InterfaceError as error:
+                # asyncpg raises it for a caller's mistake too, which no later try
+                # would mend.
+                if _lost(connection):
+                    raise ConnectionResetError(LOST) from error
+                raise
+            finally:
+                self._give_back(connection)
         except asyncpg.InternalClientError as error:
             # PostgreSQL said that it ends the connection, and has not closed it yet.
             raise ConnectionResetError(LOST) from error
+
+    def _give_back(self, connection: asyncpg.pool.PoolConnectionProxy) -> None:
+        # To reset it takes a round trip, for which its last user need not wait.
+        task = asyncio.create_task(self._release(connection))
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
+
+    async def _release(self, connection: asyncpg.pool.PoolConnectionProxy) -> None:
+        try:
+            await self._pool.release(connection)
+        except (*UNAVAILABLE, *CONFUSED) as error:
+            logger.info("a connection was closed, for it can't be reset: %r", error)
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Connection]:

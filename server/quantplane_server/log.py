@@ -83,17 +83,26 @@ def check_of(payload: bytes) -> bytes:
 # --- The tables ---------------------------------------------------------------------
 
 
-async def append(conn: Connection, log: str, events: Sequence[Event]) -> int:
+async def append(
+    conn: Connection,
+    log: str,
+    events: Sequence[Event],
+    before: str = "before AS (SELECT)",
+    arguments: Sequence[Any] = (),
+) -> int:
     """Append events as the last statement of a transaction; return the first revision.
 
     There is at least one event. Who appends to several logs does so in the order of
-    their names.
+    their names. What else can be done by the same statement, before the log is locked,
+    saves a round trip: `before` is a list of common table expressions, of which the
+    last has this name and one row; its parameters begin with $8.
     """
     columns = zip(*events, strict=True)
     first: int = await conn.fetchval(
-        """
-        WITH head AS (
-            INSERT INTO log_head AS h (log, revision) VALUES ($1, $2)
+        f"""
+        WITH {before}, head AS (
+            INSERT INTO log_head AS h (log, revision)
+            SELECT $1::text, $2::bigint FROM before
             ON CONFLICT (log) DO UPDATE SET revision = h.revision + excluded.revision
             RETURNING revision - $2 AS revision
         ), entries AS (
@@ -111,6 +120,7 @@ async def append(conn: Connection, log: str, events: Sequence[Event]) -> int:
         log,
         len(events),
         *map(list, columns),
+        *arguments,
     )
     return first
 

@@ -15,6 +15,7 @@ import asyncpg
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from quantplane import v1 as pb
+from quantplane_server import log
 from quantplane_server.checks import time_us, to_datetime
 from quantplane_server.db import Connection
 from quantplane_server.orders.lifecycle import derived
@@ -94,15 +95,35 @@ CHANGING = {
 }
 COLUMNS = ", ".join(FIXED | CHANGING)
 PAGE = 1_000  # orders that are fetched at once by who reads them all
-_ARRAYS = [f"${n}::{kind}[]" for n, kind in enumerate((FIXED | CHANGING).values(), 1)]
+NAMES = "order_keys_strategy_id_client_order_id_key"
+
+# Beside an append, whose own parameters end with $7.
+_ARRAYS = [f"${n}::{kind}[]" for n, kind in enumerate((FIXED | CHANGING).values(), 13)]
 STORE = f"""
-    INSERT INTO orders ({COLUMNS}) SELECT * FROM unnest({", ".join(_ARRAYS)})
-    ON CONFLICT (order_id, created_at)
-    DO UPDATE SET ({", ".join(CHANGING)})
-        = ROW ({", ".join(f"excluded.{column}" for column in CHANGING)})
+    named AS (
+        INSERT INTO order_keys
+               (strategy_id, client_order_id, order_id, created_at, request_hash)
+        SELECT * FROM unnest($8::text[], $9::text[], $10::uuid[], $11::timestamptz[],
+                             $12::bytea[])
+        RETURNING order_id
+    ), stored AS (
+        INSERT INTO orders ({COLUMNS}) SELECT * FROM unnest({", ".join(_ARRAYS)})
+         WHERE (SELECT count(*) FROM named) = cardinality($10)  -- after them
+        ON CONFLICT (order_id, created_at)
+        DO UPDATE SET ({", ".join(CHANGING)})
+            = ROW ({", ".join(f"excluded.{column}" for column in CHANGING)})
+        RETURNING order_id
+    ), before AS (
+        SELECT count(*) FROM stored
+    )
 """
+LOG = "orders"
 LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 LIVE = "status IN ('pending', 'open')"
+
+
+class NameTaken(Exception):
+    """A new order may have the name of another one; nothing was written."""
 
 
 class Key(NamedTuple):
@@ -126,31 +147,6 @@ class Working(NamedTuple):
 
 
 # --- Identity -----------------------------------------------------------------------
-
-
-async def claim(conn: Connection, keys: Sequence[Key]) -> set[str]:
-    """Take names that are free; return the ids of the orders that have got theirs.
-
-    Waits for who takes the same name at the same time. In the order of the names, so
-    that two who claim the same ones do not wait for each other.
-    """
-    rows = await conn.fetch(
-        """
-        INSERT INTO order_keys
-               (strategy_id, client_order_id, order_id, created_at, request_hash)
-        SELECT * FROM unnest($1::text[], $2::text[], $3::uuid[], $4::timestamptz[],
-                             $5::bytea[])
-        ON CONFLICT (strategy_id, client_order_id) DO NOTHING
-        RETURNING order_id
-        """,
-        *map(list, zip(*sorted(keys), strict=True)),
-    )
-    return {str(row["order_id"]) for row in rows}
-
-
-async def release(conn: Connection, order_ids: Sequence[str]) -> None:
-    """Give back names that were claimed in this transaction."""
-    await conn.execute("DELETE FROM order_keys WHERE order_id = ANY ($1)", order_ids)
 
 
 async def keys_of(
@@ -359,16 +355,32 @@ async def amounts(conn: Connection) -> AsyncIterator[list[Amounts]]:
         yield [Amounts(*row) for row in rows]
 
 
-async def store(conn: Connection, orders: Sequence[pb.Order]) -> None:
-    """Write new orders, and what may change of others.
+async def store(
+    conn: Connection,
+    created: Iterable[Key],
+    orders: Sequence[pb.Order],
+    events: Sequence[log.Event],
+) -> int:
+    """Write the names of new orders, all that is new or changed of orders, and what
+    happened to them, in one statement; return the first revision.
 
-    Both by one INSERT: it finds its chunk by the time, where an UPDATE would be planned
-    for every chunk.
+    Raises NameTaken after waiting for who takes a name at the same time. Names go in
+    their order, so that two who take the same ones do not wait for each other. New and
+    changed orders go by one INSERT: it finds its chunk by the time, where an UPDATE
+    would be planned for every chunk.
     """
-    await conn.execute(
-        STORE,
-        *map(list, zip(*map(_row, orders), strict=True)),
-    )
+    keys = _columns(len(Key._fields), sorted(created))
+    columns = _columns(len(_ARRAYS), map(_row, orders))
+    try:
+        return await log.append(conn, LOG, events, STORE, [*keys, *columns])
+    except asyncpg.UniqueViolationError as error:
+        if error.constraint_name == NAMES:
+            raise NameTaken from error
+        raise
+
+
+def _columns(count: int, rows: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
+    return list(map(list, zip(*rows, strict=True))) or [[] for _ in range(count)]
 
 
 # --- Rows ---------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """The commands that share a transaction: read all at once, decided one by one, written
 all at once.
 
-Locks are taken in one order by everybody: names of new orders, strategies with limits,
-orders, positions, signals, the heads of the logs.
+Locks are taken in one order by everybody: strategies with limits, orders, positions,
+signals, names of new orders, the heads of the logs.
 """
 
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from math import fsum
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ from quantplane_server.orders.commands import (
     Submit,
 )
 from quantplane_server.orders.lifecycle import Filled, terms_of
-from quantplane_server.orders.queries import Key
+from quantplane_server.orders.queries import Key, NameTaken
 from quantplane_server.orders.risk import Exposure
 from quantplane_server.portfolio import queries as portfolio
 from quantplane_server.portfolio.booking import book
@@ -67,18 +67,18 @@ class Bounds(NamedTuple):
 class Round:
     """One transaction's worth of commands."""
 
-    def __init__(self, conn: Connection) -> None:
+    def __init__(self, conn: Connection, bounds: Bounds, taken: bool = False) -> None:
         self.executions: list[pb.Execution] = []  # booked
         self.appended: list[tuple[str, int, list[logs.Event]]] = []
         self._conn = conn
-        self._bounds = Bounds({}, {})
+        self._bounds = bounds
+        self._taken = taken  # some of the names of new orders
         self._at = _now()
         self._exposure = Exposure({}, ())
         self._keys: dict[Name, Key] = {}
         self._orders: dict[str, pb.Order] = {}  # as they are by now
-        self._created: set[str] = set()
+        self._created: list[Key] = []
         self._changed: set[str] = set()
-        self._refused: dict[str, QuantplaneError] = {}  # new orders that are not
         self._signals: dict[str, pb.Signal] = {}
         self._executed: set[str] = set()  # signals
         self._known: dict[ExecName, pb.Execution] = {}
@@ -88,19 +88,28 @@ class Round:
         self._events: list[pb.OrderEvent] = []
         self._booked: list[tuple[pb.OrderEvent, list[pb.Execution]]] = []
 
-    async def run(
-        self, commands: Sequence[Command], bounds: Awaitable[Bounds]
-    ) -> list[Outcome]:
-        """Return what came of each command; the caller commits."""
-        await self._read(commands, bounds)
+    @staticmethod
+    def is_one_statement(
+        commands: Iterable[Command], bounds: Bounds, taken: bool
+    ) -> bool:
+        """Tell whether a round locks nothing and writes by one statement."""
+        submits = all(isinstance(command, Submit) for command in commands)
+        return submits and not taken and not _limited(bounds)
+
+    async def run(self, commands: Sequence[Command]) -> list[Outcome]:
+        """Return what came of each command; the caller commits.
+
+        Raises NameTaken where it has to be done again with the names of new orders
+        `taken`: most are free, so they are read only then.
+        """
+        await self._read(commands)
         outcomes = [self._decide(command) for command in commands]
         await self._write()
         return outcomes
 
-    async def check(self, new: pb.NewOrder, bounds: Bounds) -> float | None:
+    async def check(self, new: pb.NewOrder) -> float | None:
         """Raise what submitting an order would; return its notional, if there is a
         price. Nothing is written."""
-        self._bounds = bounds
         name = _name(new)
         self._keys = await queries.keys_of(self._conn, [name])
         if key := self._keys.get(name):
@@ -112,7 +121,7 @@ class Round:
         if not key:
             await self._read_signals([new])
             self._check_signal(new)
-            await self._read_exposure(self._limited())
+            await self._read_exposure(_limited(self._bounds))
             if breach := self._breach(order, terms, None):
                 raise _risk_error(lifecycle.denied(order, breach.code, breach.text))
         price = risk.price_of(order, terms, self._bounds.quotes.get(new.symbol))
@@ -120,32 +129,22 @@ class Round:
 
     # --- Reading ---
 
-    async def _read(
-        self, commands: Sequence[Command], bounds: Awaitable[Bounds]
-    ) -> None:
-        submits = [c for c in commands if isinstance(c, Submit)]
+    async def _read(self, commands: Sequence[Command]) -> None:
+        new = [c.order for c in commands if isinstance(c, Submit)]
         fills = [c.report for c in commands if isinstance(c, Fill)]
-        if submits:
-            await self._claim(submits)
-        self._bounds = await bounds
-        if limited := self._limited():
+        wanted = {_target(c) for c in commands if not isinstance(c, Submit)}
+        if limited := _limited(self._bounds):
             await queries.lock_strategies(self._conn, limited)
-        wanted = {key.order_id for key in self._keys.values()} - self._created
-        for command in commands:
-            if not isinstance(command, Submit):
-                wanted.add(_target(command))
+        if new and self._taken:
+            self._keys = await queries.keys_of(self._conn, map(_name, new))
+            wanted |= {key.order_id for key in self._keys.values()}
         if wanted:
             created = await queries.lock(self._conn, sorted(wanted))
             self._orders = await queries.orders_at(self._conn, created)
         await self._read_exposure(limited)
-        await self._read_signals([submit.order for submit in submits])
+        await self._read_signals(new)
         if fills:
             await self._read_executions(fills)
-
-    def _limited(self) -> list[str]:
-        """Return the strategies whose limits depend on what they hold."""
-        limits = self._bounds.limits.items()
-        return sorted(strategy for strategy, own in limits if risk.needs_exposure(own))
 
     async def _read_exposure(self, strategies: Sequence[str]) -> None:
         # In this order: a fill between the two counts twice rather than not at all.
@@ -157,20 +156,6 @@ class Round:
     async def _read_signals(self, orders: Iterable[pb.NewOrder]) -> None:
         if named := {order.signal_id for order in orders if order.signal_id}:
             self._signals = await signals.find(self._conn, sorted(named))
-
-    async def _claim(self, submits: Iterable[Submit]) -> None:
-        """Find the key of each order, new where its name is."""
-        created_at = to_datetime(time_us(self._at))
-        for submit in submits:
-            name = _name(submit.order)
-            if name not in self._keys:
-                new = Key(*name, new_id(), created_at, _hash(submit.order))
-                self._keys[name] = new
-        got = await queries.claim(self._conn, list(self._keys.values()))
-        self._created = got
-        taken = [name for name, key in self._keys.items() if key.order_id not in got]
-        if taken:
-            self._keys |= await queries.keys_of(self._conn, taken)
 
     async def _read_executions(self, reports: Sequence[pb.ExecutionReport]) -> None:
         names = {(report.order_id, report.broker_exec_id) for report in reports}
@@ -200,19 +185,22 @@ class Round:
 
     def _submit(self, submit: Submit) -> Done:
         new = submit.order
-        key = self._keys[_name(new)]
-        if key.request_hash != _hash(new):
-            raise KeyReused("client_order_id", new.client_order_id)
-        if refused := self._refused.get(key.order_id):
-            raise refused
-        if order := self._orders.get(key.order_id):
-            return _again(order)
+        name = _name(new)
+        if key := self._keys.get(name):
+            if key.request_hash != _hash(new):
+                raise KeyReused("client_order_id", new.client_order_id)
+            return _again(self._order(key.order_id))
         try:
             self._check_signal(new)
         except QuantplaneError as error:
-            self._refused[key.order_id] = error
+            if not self._taken:  # the order may be there, from when its signal was good
+                raise NameTaken from error
             raise
-        order = lifecycle.created(new, key.order_id, self._at, submit.trace_id)
+        order = lifecycle.created(new, new_id(), self._at, submit.trace_id)
+        created_at = to_datetime(time_us(self._at))
+        key = Key(*name, order.order_id, created_at, _hash(new))
+        self._keys[name] = key
+        self._created.append(key)
         if breach := self._breach(order, terms_of(order), None):
             order = lifecycle.denied(order, breach.code, breach.text)
             self._happened(pb.ORDER_EVENT_TYPE_DENIED, order, submit.trace_id)
@@ -417,29 +405,30 @@ class Round:
     # --- Writing ---
 
     async def _write(self) -> None:
-        if unwanted := sorted(self._refused):
-            await queries.release(self._conn, unwanted)
         if self.executions:
             await book(self._conn, self.executions)
         for event, executions in self._booked:
             event.execution.CopyFrom(executions[-1])
             if len(executions) > 1:
                 event.reversal.CopyFrom(executions[0])
-        changed = [self._orders[order_id] for order_id in sorted(self._changed)]
-        if changed:
-            await queries.store(self._conn, changed)
         executed = []
         if self._executed:
             executed = await signals.mark_executed(self._conn, sorted(self._executed))
         if self._events:
-            await self._append("orders", list(map(_log_event, self._events)))
+            changed = [self._orders[order_id] for order_id in sorted(self._changed)]
+            events = list(map(_log_event, self._events))
+            first = await queries.store(self._conn, self._created, changed, events)
+            self.appended.append((queries.LOG, first, events))
         if executed:
             events = log_events(pb.SIGNAL_EVENT_TYPE_EXECUTED, executed)
-            await self._append("signals", events)
+            first = await logs.append(self._conn, "signals", events)
+            self.appended.append(("signals", first, events))
 
-    async def _append(self, log: str, events: list[logs.Event]) -> None:
-        first = await logs.append(self._conn, log, events)
-        self.appended.append((log, first, events))
+
+def _limited(bounds: Bounds) -> list[str]:
+    """Return the strategies whose limits depend on what they hold."""
+    limits = bounds.limits.items()
+    return sorted(strategy for strategy, own in limits if risk.needs_exposure(own))
 
 
 def _target(command: Change | Replace | Fill) -> str:

@@ -15,18 +15,18 @@ from quantplane_server.db import Database
 from quantplane_server.log import Logs
 from quantplane_server.orders import risk
 from quantplane_server.orders.commands import Command, Outcome, Replace, Submit
+from quantplane_server.orders.queries import NameTaken
 from quantplane_server.orders.round import Bounds, Round
 from quantplane_server.reference.queries import risk_limits
-from quantplane_server.tasks import end
 from quantplane_server.watch import Watches
 
 MOST = 256  # commands that share a transaction
 LIMIT = 10_000  # commands that wait
-TRIES = 3  # of a round that PostgreSQL broke off for another's sake
+TRIES = 3  # of a round that was broken off for another's sake
 
 LatestQuotes: TypeAlias = Callable[[Iterable[str]], Awaitable[dict[str, pb.Quote]]]
 
-BROKEN_OFF = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+BROKEN_OFF = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, NameTaken)
 REFUSED = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
 
 
@@ -58,7 +58,7 @@ class Writer:
         limits = await self._limits([Submit(order)])
         bounds = Bounds(limits, await self._latest_quotes([order.symbol]))
         async with self._db.transaction("repeatable_read", readonly=True) as conn:
-            return await Round(conn).check(order, bounds)
+            return await Round(conn, bounds).check(order)
 
     async def run(self) -> None:
         """Tell who watches portfolios that executions were booked, until cancelled."""
@@ -72,29 +72,28 @@ class Writer:
         await self._rounds.close()
 
     async def _work(self, commands: list[Command]) -> list[Outcome]:
+        taken = False
         for attempt in range(TRIES):
             try:
-                return await self._commit(commands)
-            except BROKEN_OFF:
-                if attempt == TRIES - 1:
+                return await self._commit(commands, taken)
+            except BROKEN_OFF as error:
+                if len(commands) == 1 and attempt == TRIES - 1:
                     raise
+                taken = taken or isinstance(error, NameTaken)
             except REFUSED as error:  # by a constraint, the backstop of the checks
                 if len(commands) == 1:
                     return [error]
-                return [(await self._work([command]))[0] for command in commands]
-        raise AssertionError
+                break
+        return [(await self._work([command]))[0] for command in commands]
 
-    async def _commit(self, commands: Sequence[Command]) -> list[Outcome]:
-        # Read while the transaction begins: they may be in another database.
-        bounds = asyncio.create_task(self._bounds(commands))
-        try:
-            async with self._db.transaction() as conn:
-                done = Round(conn)
-                outcomes = await done.run(commands, bounds)
-        finally:
-            await end(bounds)
-            if not bounds.cancelled():
-                bounds.exception()  # nobody retrieves it if the transaction fails too
+    async def _commit(self, commands: Sequence[Command], taken: bool) -> list[Outcome]:
+        bounds = await self._bounds(commands)
+        # One statement is a transaction of its own, for fewer round trips.
+        alone = Round.is_one_statement(commands, bounds, taken)
+        begin = self._db.connection if alone else self._db.transaction
+        async with begin() as conn:
+            done = Round(conn, bounds, taken)
+            outcomes = await done.run(commands)
         for appended in done.appended:
             self._logs.committed(*appended)
         if done.executions:
