@@ -150,13 +150,31 @@ async def test_a_connection_is_unavailable_once_postgresql_says_that_it_ends(
         for begin in (db.connection, db.transaction):
             async with db.connection() as connection:
                 await connection.fetchval("SELECT 1")
-            while not db._pool.get_idle_size():  # it is reset in the background
-                await other.fetchval("SELECT 1")
             clients[-1].write(ENDED)
             await other.fetchval("SELECT 1")  # by then it was read
             with pytest.raises(UNAVAILABLE):
                 async with begin() as connection:
                     await connection.fetchval("SELECT 1")
+
+
+async def test_who_is_cut_off_leaves_nothing_to_the_next_user(postgres_dsn: str):
+    """Wherever it was: preparing a statement leaves a transaction of its own."""
+    async with database(postgres_dsn) as dsn, opened(dsn, pool_size=1) as db:
+
+        async def read(n: int) -> None:
+            async with db.connection() as connection:
+                await connection.fetchval(f"SELECT {n} + $1::int", n)  # prepared anew
+
+        for steps in range(100):
+            reading = asyncio.create_task(read(steps))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            reading.cancel()
+            await asyncio.wait([reading])
+            async with db.transaction("repeatable_read") as connection:
+                assert await connection.fetchval("SHOW transaction_isolation") == (
+                    "repeatable read"
+                )
 
 
 async def test_a_wrong_argument_is_not_taken_for_an_absent_database(postgres_dsn: str):

@@ -1,7 +1,5 @@
 """The database: a pool of connections, and which edition of it this is."""
 
-import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import StrEnum
@@ -9,8 +7,6 @@ from typing import Literal, Self, TypeAlias
 
 import asyncpg
 import asyncpg.pool
-
-logger = logging.getLogger(__name__)
 
 Connection: TypeAlias = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
 Isolation: TypeAlias = Literal["read_committed", "repeatable_read"]
@@ -47,8 +43,6 @@ VERSION_TABLES = {
 # off.
 RESTORING = "quantplane_restoring"
 
-# What asyncpg raises when it uses a connection that is being lost.
-CONFUSED = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 LOST = "the connection was lost"
 
 
@@ -65,6 +59,24 @@ class Edition(StrEnum):
     """All of TimescaleDB."""
 
 
+class _Connection(asyncpg.Connection):  # type: ignore[misc]
+    """A connection that is reset only if it was spoilt: that takes a round trip."""
+
+    _spoilt = False
+
+    def spoil(self) -> None:
+        """Say that a statement may have been cut off.
+
+        If that was while it was prepared, it has a transaction begun of which asyncpg
+        does not know.
+        """
+        self._spoilt = True
+
+    def get_reset_query(self) -> str:
+        spoilt, self._spoilt = self._spoilt, False
+        return str(super().get_reset_query()) if spoilt else ""
+
+
 class Database:
     """Connections to one PostgreSQL database, replaced when they are lost."""
 
@@ -74,7 +86,6 @@ class Database:
         self.edition = edition
         self._pool = pool
         self._acquire_timeout_s = acquire_timeout_s
-        self._releases: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def open(
@@ -90,6 +101,7 @@ class Database:
             min_size=0,  # a floor would be tried, and logged, while PostgreSQL is away
             max_size=pool_size,
             timeout=acquire_timeout_s,
+            connection_class=_Connection,
             server_settings={"timezone": "UTC", "application_name": "quantplane"},
         )
         try:
@@ -105,34 +117,29 @@ class Database:
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
-        """A connection in autocommit mode: each statement is its own transaction."""
+        """A connection in autocommit mode: each statement is its own transaction.
+
+        To leave the block by an error resets it; nothing else does. So a statement that
+        is cut off must end the block, and who changes settings or takes session locks
+        needs a `session`.
+        """
         try:
-            connection = await self._pool.acquire(timeout=self._acquire_timeout_s)
-            try:
-                yield connection
-            except asyncpg.InterfaceError as error:
-                # asyncpg raises it for a caller's mistake too, which no later try
-                # would mend.
-                if _lost(connection):
-                    raise ConnectionResetError(LOST) from error
-                raise
-            finally:
-                self._give_back(connection)
+            async with self._pool.acquire(
+                timeout=self._acquire_timeout_s
+            ) as connection:
+                try:
+                    yield connection
+                except BaseException as error:
+                    if not _lost(connection):
+                        connection.spoil()
+                    elif isinstance(error, asyncpg.InterfaceError):
+                        # asyncpg raises it for a caller's mistake too, which no later
+                        # try would mend.
+                        raise ConnectionResetError(LOST) from error
+                    raise
         except asyncpg.InternalClientError as error:
             # PostgreSQL said that it ends the connection, and has not closed it yet.
             raise ConnectionResetError(LOST) from error
-
-    def _give_back(self, connection: asyncpg.pool.PoolConnectionProxy) -> None:
-        # To reset it takes a round trip, for which its last user need not wait.
-        task = asyncio.create_task(self._release(connection))
-        self._releases.add(task)
-        task.add_done_callback(self._releases.discard)
-
-    async def _release(self, connection: asyncpg.pool.PoolConnectionProxy) -> None:
-        try:
-            await self._pool.release(connection)
-        except (*UNAVAILABLE, *CONFUSED) as error:
-            logger.info("a connection was closed, for it can't be reset: %r", error)
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Connection]:
