@@ -151,12 +151,6 @@ def table(figures: dict[str, Figure]) -> Table:
     return shown
 
 
-def _verdict(goal: Goal | None, figure: Figure) -> tuple[str, str]:
-    if goal is None:
-        return "", ""
-    return str(goal), "[green]met[/]" if goal.met(figure) else "[red]missed[/]"
-
-
 def _numbers(value: float, baseline: float, unit: str) -> tuple[str, str, str]:
     return (
         f"{_readable(value)} {unit}",

@@ -1,15 +1,19 @@
 """Databases for tests: each test has its own, on a server that all share."""
 
 import hashlib
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import asyncpg
 
 from quantplane_server import migrate
+from quantplane_server.testing import (
+    EMPTY,
+    fresh_database,
+    name_of,
+    temporary_database,
+)
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
 LOCK = 0x74656D706C617465  # held while a template is made
@@ -18,28 +22,9 @@ LOCK = 0x74656D706C617465  # held while a template is made
 @asynccontextmanager
 async def database(server_dsn: str, migrated: bool = True) -> AsyncIterator[str]:
     """Yield the DSN of a new database with the current schema, or an empty one."""
-    template = await migrated_template(server_dsn) if migrated else None
-    dsn = await fresh_database(server_dsn, template)
-    try:
+    template = await migrated_template(server_dsn) if migrated else EMPTY
+    async with temporary_database(server_dsn, template) as dsn:
         yield dsn
-    finally:
-        await drop_database(dsn)
-
-
-async def fresh_database(server_dsn: str, template: str | None = None) -> str:
-    """Create a database, as a copy of `template` if given, and return its DSN."""
-    name = f"test_{uuid.uuid4().hex}"
-    source = template or "template0"
-    await _execute(
-        server_dsn, f"CREATE DATABASE {name} TEMPLATE {source} STRATEGY file_copy"
-    )
-    return _named(server_dsn, name)
-
-
-async def drop_database(dsn: str) -> None:
-    """Drop it, ending the sessions it still has."""
-    name = urlsplit(dsn).path[1:]
-    await _execute(_named(dsn, "postgres"), f"DROP DATABASE {name} WITH (FORCE)")
 
 
 async def migrated_template(server_dsn: str) -> str:
@@ -56,7 +41,7 @@ async def migrated_template(server_dsn: str) -> str:
         ):
             dsn = await fresh_database(server_dsn)
             await migrate.upgrade(dsn)
-            await _seal(server, urlsplit(dsn).path[1:], name)
+            await _seal(server, name_of(dsn), name)
     finally:
         await server.close()
     return name
@@ -79,16 +64,3 @@ def _digest() -> str:
     for path in sorted(MIGRATIONS.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _named(dsn: str, name: str) -> str:
-    parts = urlsplit(dsn)
-    return f"{parts.scheme}://{parts.netloc}/{name}?{parts.query}"
-
-
-async def _execute(dsn: str, statement: str) -> None:
-    connection = await asyncpg.connect(dsn)
-    try:
-        await connection.execute(statement)
-    finally:
-        await connection.close()

@@ -187,6 +187,14 @@ class Database:
             return None
 
 
+async def try_lock(conn: Connection, name: str, number: int = 0) -> bool:
+    """Take an advisory lock while the connection lives, if nobody else has it."""
+    locked: bool = await conn.fetchval(
+        "SELECT pg_try_advisory_lock(hashtext($1), $2)", name, number
+    )
+    return locked
+
+
 def _lost(connection: Connection) -> bool:
     try:
         return bool(connection.is_closed())

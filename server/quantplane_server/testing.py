@@ -14,7 +14,7 @@ from quantplane_server.embedded import services
 from quantplane_server.main import recording, serving
 from quantplane_server.migrate import upgrade
 
-TEMPLATE = "migrated"
+EMPTY = "template0"
 
 
 @asynccontextmanager
@@ -25,16 +25,16 @@ async def servers() -> AsyncIterator[Callable[[], AbstractAsyncContextManager[st
     database: migrating takes longer than copying.
     """
     async with services(None) as backends:
-        await _execute(backends.postgres_dsn, f"CREATE DATABASE {TEMPLATE}")
-        await upgrade(_named(backends.postgres_dsn, TEMPLATE))
-        yield partial(_server, backends.postgres_dsn, backends.redis_url)
+        migrated = await fresh_database(backends.postgres_dsn)
+        await upgrade(migrated)
+        yield partial(_server, migrated, backends.redis_url)
 
 
 @asynccontextmanager
-async def _server(dsn: str, redis_url: str) -> AsyncIterator[str]:
+async def _server(migrated: str, redis_url: str) -> AsyncIterator[str]:
     async with redis.Redis.from_url(redis_url) as bus:
         await bus.flushall()
-    async with _database(dsn) as own:
+    async with temporary_database(migrated, name_of(migrated)) as own:
         settings = Settings(
             postgres_dsn=own,
             reference_dsn=None,
@@ -48,24 +48,40 @@ async def _server(dsn: str, redis_url: str) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def _database(dsn: str) -> AsyncIterator[str]:
-    name = f"test_{uuid.uuid4().hex}"
-    copy = f"TEMPLATE {TEMPLATE} STRATEGY file_copy"
-    await _execute(dsn, f"CREATE DATABASE {name} {copy}")
+async def temporary_database(dsn: str, template: str) -> AsyncIterator[str]:
+    """Yield the DSN of a fresh database, which is dropped at the end."""
+    own = await fresh_database(dsn, template)
     try:
-        yield _named(dsn, name)
+        yield own
     finally:
-        await _execute(dsn, f"DROP DATABASE {name} WITH (FORCE)")
+        await drop_database(own)
 
 
-def _named(dsn: str, name: str) -> str:
-    """Return the DSN of another database of the same server."""
+async def fresh_database(dsn: str, template: str = EMPTY) -> str:
+    """Create a database, as a copy of one without sessions, and return its DSN.
+
+    `dsn` is that of any database on the same server.
+    """
+    name = f"test_{uuid.uuid4().hex}"
+    copy = f"TEMPLATE {template} STRATEGY file_copy"
+    await _execute(dsn, f"CREATE DATABASE {name} {copy}")
     parts = urlsplit(dsn)
     return f"{parts.scheme}://{parts.netloc}/{name}?{parts.query}"
 
 
+async def drop_database(dsn: str) -> None:
+    """Drop it, ending the sessions it still has."""
+    await _execute(dsn, f"DROP DATABASE {name_of(dsn)} WITH (FORCE)")
+
+
+def name_of(dsn: str) -> str:
+    """Return the name of a database."""
+    return urlsplit(dsn).path[1:]
+
+
 async def _execute(dsn: str, statement: str) -> None:
-    connection = await asyncpg.connect(dsn)
+    """Execute a statement on the server of a database."""
+    connection = await asyncpg.connect(dsn, database="postgres")
     try:
         await connection.execute(statement)
     finally:

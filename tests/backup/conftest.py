@@ -8,13 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from quantplane_server.testing import drop_database, fresh_database
 from tests.backup import backup, populate
-from tests.postgres import (
-    database,
-    drop_database,
-    fresh_database,
-    migrated_template,
-)
+from tests.postgres import database, migrated_template
 
 
 @dataclass(frozen=True)

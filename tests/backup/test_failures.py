@@ -21,6 +21,7 @@ from quantplane_server.backup.manifest import Part
 from quantplane_server.db import Database
 from quantplane_server.embedded import Postgres
 from quantplane_server.migrate import RestoreUnfinished, check_current
+from quantplane_server.testing import fresh_database
 from tests.backup import (
     backup,
     connected,
@@ -34,7 +35,7 @@ from tests.backup import (
 )
 from tests.backup.conftest import Source
 from tests.conftest import both_editions
-from tests.postgres import database, fresh_database
+from tests.postgres import database
 from tests.test_migrations import until
 
 LIMIT = 24 << 20  # more than a segment of the log has

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 
 from quantplane import v1 as pb
 from quantplane_server.errors import IllegalTransition, OrderTerminal
-from quantplane_server.orders import lifecycle
+from quantplane_server.orders import lifecycle, lifecycle_page
 from quantplane_server.orders.lifecycle import LEGAL, TRANSITIONS, Filled
 
 PAGE = Path(__file__).parents[2] / "docs" / "order-lifecycle.md"
@@ -192,7 +192,7 @@ def test_every_fact_is_legal_in_every_status():
 
 
 def test_the_page_is_what_the_table_renders():
-    assert PAGE.read_text() == lifecycle.render()
+    assert PAGE.read_text() == lifecycle_page.render()
 
 
 # --- The beginning ---

@@ -165,6 +165,24 @@ async def test_a_bust_of_all_leaves_the_order_as_if_nothing_was_filled(client: C
     assert (await position(client)).quantity == 0
 
 
+async def test_fills_busted_in_their_own_batch_leave_nothing_filled(client: Client):
+    """Also where adding and subtracting floats would leave something."""
+    order = await open_order(client)
+    fills = [execution(order, quantity) for quantity in (0.1, 0.2, 0.3)]
+    busts = [
+        execution(
+            order, 0, 0, type=pb.ORDER_EVENT_TYPE_TRADE_CANCEL,
+            ref_broker_exec_id=each.broker_exec_id,
+        )
+        for each in fills
+    ]  # fmt: skip
+    *_, result = await book(client, *fills, *busts)
+    assert result.order.filled_quantity == 0
+    assert not result.order.HasField("avg_fill_price")
+    audit = await client.portfolio.AuditPositions(pb.AuditPositionsRequest())
+    assert not audit.drifts
+
+
 async def test_a_correction_stands_in_place_of_its_fill(client: Client):
     order = await open_order(client)
     await fill(client, order, 6, 100, broker_exec_id="wrong")

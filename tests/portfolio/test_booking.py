@@ -3,6 +3,7 @@
 import asyncio
 import random
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from quantplane import v1 as pb
 from quantplane.ids import new_id
 from quantplane_server.checks import FIRST, LAST
+from quantplane_server.pages import LAST_ID
 from quantplane_server.portfolio import queries
 from quantplane_server.portfolio.audit import Audit
 from quantplane_server.portfolio.booking import book
@@ -336,18 +338,18 @@ async def test_executions_are_listed_by_pages_the_latest_first(desk: Desk):
     latest = sorted(booked, key=lambda e: (-e.time.seconds, e.execution_id))
 
     async def listed(size: int, order_id: str = "", **fields: Any) -> list[Any]:
-        wanted, after, found = pb.OrderFilter(**fields), None, []
+        wanted, place, found = pb.OrderFilter(**fields), (at(2), LAST_ID), []
         while True:
             async with desk.db.connection() as conn:
                 page = await queries.list_executions(
-                    conn, wanted, order_id, at(1), at(2), after, size
+                    conn, wanted, order_id, at(1), place, size
                 )
             found += page
             if len(page) < size:
                 return found
-            after = (
+            place = (
                 page[-1].time.ToDatetime(tzinfo=FIRST.tzinfo),
-                page[-1].execution_id,
+                UUID(page[-1].execution_id),
             )
 
     inside = [e for e in latest if e.time.ToDatetime(tzinfo=FIRST.tzinfo) == at(1)]
@@ -358,6 +360,6 @@ async def test_executions_are_listed_by_pages_the_latest_first(desk: Desk):
     assert await listed(2, inside[0].order_id) == [inside[0]]
     async with desk.db.connection() as conn:
         all_of_them = await queries.list_executions(
-            conn, pb.OrderFilter(), "", FIRST, LAST, None, 100
+            conn, pb.OrderFilter(), "", FIRST, (LAST, LAST_ID), 100
         )
     assert all_of_them == latest

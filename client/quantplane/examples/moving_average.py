@@ -24,19 +24,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
 
 import grpc
 
 from quantplane import Client, reason_of
 from quantplane import v1 as pb
-from quantplane.errors import describe, is_transient
-from quantplane.follow import Backoff
+from quantplane.errors import describe
+from quantplane.retry import answered
 
 LONG, SHORT = 1, -1
 REPORT_S = 5.0
-
-logger = logging.getLogger(__name__)
 
 
 class MovingAverage:
@@ -201,19 +198,6 @@ class MovingAverageCross:
             for each in portfolio.positions:
                 profit = each.realized_pnl + each.unrealized_pnl
                 say("position", each.symbol, f"{each.quantity:+g}, P&L {profit:+,.2f}")
-
-
-async def answered(method: Any, request: Any) -> Any:
-    """Call a method that is safe to repeat, until the server has answered."""
-    backoff = Backoff()
-    while True:
-        try:
-            return await method(request)
-        except grpc.aio.AioRpcError as error:
-            if not is_transient(error):
-                raise
-            logger.warning("%s; trying again", describe(error))
-        await asyncio.sleep(backoff.next())
 
 
 def say(what: str, symbol: str, text: str) -> None:

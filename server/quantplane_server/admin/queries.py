@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from quantplane import v1 as pb
-from quantplane_server.db import VERSION_TABLES, Connection
+from quantplane_server.db import VERSION_TABLES, Connection, try_lock
 
 # The tables that are hypertables where there are any, each with the column that its
 # rows age by.
@@ -61,10 +61,7 @@ def _count(tag: str) -> int:
 
 async def claim_maintenance(conn: Connection) -> bool:
     """Be the one who maintains while the connection lives, if there is none."""
-    claimed: bool = await conn.fetchval(
-        "SELECT pg_try_advisory_lock(hashtext('quantplane.maintenance'), 0)"
-    )
-    return claimed
+    return await try_lock(conn, "quantplane.maintenance")
 
 
 async def note_run(

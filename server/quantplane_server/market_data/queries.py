@@ -13,7 +13,7 @@ import numpy as np
 from quantplane import v1 as pb
 from quantplane_server.bus import Position
 from quantplane_server.checks import EPOCH, time_us, to_datetime
-from quantplane_server.db import Connection
+from quantplane_server.db import Connection, try_lock
 
 EPOCH_2000_US = 946_684_800_000_000  # PostgreSQL counts time from 2000-01-01
 DAY = timedelta(days=1)
@@ -43,10 +43,7 @@ async def prepare_recorder(conn: Connection) -> None:
 
 async def lock_recorder(conn: Connection, shard: int) -> bool:
     """Become the recorder of a shard while the connection lives, if there is none."""
-    locked: bool = await conn.fetchval(
-        "SELECT pg_try_advisory_lock(hashtext('quantplane.recorder'), $1)", shard
-    )
-    return locked
+    return await try_lock(conn, "quantplane.recorder", shard)
 
 
 async def bus_positions(conn: Connection, shards: Iterable[int]) -> dict[int, Position]:

@@ -34,14 +34,13 @@ from quantplane_server.market_data.history import (
 from quantplane_server.market_data.latest import LatestQuotes
 from quantplane_server.market_data.queries import BarRange
 from quantplane_server.market_data.subscription import Request, Subscription
-from quantplane_server.rpc.interceptor import Context
+from quantplane_server.rpc.interceptor import Context, Serialised
 from quantplane_server.streams import Batches, Streams
 from quantplane_server.tasks import end
 from quantplane_server.tokens import Tokens, purpose
 
 PAGE = 1_000  # where a request names no page_size
 CHUNK_ROWS = 16_384  # of StreamBars
-Serialised = Any  # a response's bytes, ready-made, where the stubs know only messages
 _START = struct.Struct("!q")  # of the next page, in us
 _PLACE = struct.Struct("!Iq")  # index of the symbol, start of its next chunk in us
 

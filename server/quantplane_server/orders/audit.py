@@ -11,7 +11,6 @@ from quantplane_server.portfolio import queries as portfolio
 from quantplane_server.portfolio.queries import Sums
 
 TOLERANCE = 1e-9
-NOTHING = Sums(0.0, 0.0, 0.0)
 
 
 async def order_drifts(conn: Connection, limit: int) -> tuple[list[pb.Drift], int]:
@@ -25,7 +24,7 @@ async def order_drifts(conn: Connection, limit: int) -> tuple[list[pb.Drift], in
         n_orders += len(page)
         sums = await portfolio.filled(conn, [order.order_id for order in page])
         for order in page:
-            drifts += _drifts(order, sums.get(order.order_id, NOTHING))
+            drifts += _drifts(order, sums.get(order.order_id, Sums()))
         del drifts[limit:]
     return drifts, n_orders
 

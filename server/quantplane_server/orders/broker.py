@@ -1,7 +1,6 @@
 """BrokerService: what gateways follow and report."""
 
 from collections.abc import AsyncIterator
-from typing import Any
 
 from quantplane import v1 as pb
 from quantplane.v1 import broker_pb2_grpc as rpc
@@ -13,12 +12,10 @@ from quantplane_server.orders.commands import Change, Fill
 from quantplane_server.orders.service import do_each
 from quantplane_server.orders.streams import CommandStream
 from quantplane_server.orders.writer import Writer
-from quantplane_server.rpc.interceptor import Context
+from quantplane_server.rpc.interceptor import Context, Serialised
 from quantplane_server.rpc.trace import trace_id
 from quantplane_server.streams import Streams
 from quantplane_server.tokens import Tokens
-
-Serialised = Any  # a response's bytes, ready-made, where the stubs know only messages
 
 
 class BrokerService(rpc.BrokerServiceServicer):

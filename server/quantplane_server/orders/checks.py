@@ -18,6 +18,7 @@ from quantplane_server.checks import (
     is_time,
 )
 from quantplane_server.constraints import RULES
+from quantplane_server.orders.lifecycle import REVERSALS, STOPS
 
 MAX_BATCH = 1_000
 MAX_NAMES = 1_000
@@ -26,11 +27,10 @@ VERSION = "must be at least 0"
 TERMS = "at least one of quantity, price and stop_price must be given"
 
 PRICED = (pb.ORDER_TYPE_LIMIT, pb.ORDER_TYPE_STOP_LIMIT)
-STOPPED = (pb.ORDER_TYPE_STOP, pb.ORDER_TYPE_STOP_LIMIT)
 # Field -> the order types that have it, and their names.
 PRICES: dict[Literal["price", "stop_price"], tuple[tuple[int, ...], str]] = {
     "price": (PRICED, "LIMIT and STOP_LIMIT"),
-    "stop_price": (STOPPED, "STOP and STOP_LIMIT"),
+    "stop_price": (STOPS, "STOP and STOP_LIMIT"),
 }
 REPORTED = (
     pb.ORDER_EVENT_TYPE_SUBMITTED,
@@ -50,7 +50,6 @@ REPORT_TYPE = (
     "CANCEL_REJECTED, REPLACED, REPLACE_REJECTED, EXPIRED, RESTATED or OUTCOME_UNKNOWN"
 )
 FILLS = (pb.ORDER_EVENT_TYPE_UNSPECIFIED, pb.ORDER_EVENT_TYPE_TRADE)
-REVERSALS = (pb.ORDER_EVENT_TYPE_TRADE_CANCEL, pb.ORDER_EVENT_TYPE_TRADE_CORRECT)
 EXECUTION_TYPE = "must be TRADE, TRADE_CANCEL or TRADE_CORRECT"
 WITH_TERMS = (pb.ORDER_EVENT_TYPE_REPLACED, pb.ORDER_EVENT_TYPE_RESTATED)
 

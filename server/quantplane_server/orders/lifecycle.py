@@ -1,10 +1,8 @@
 """The state machine of orders: one table, and what an order becomes by it.
 
 An event is legal where TRANSITIONS has a row for it, and changes nothing where it
-says what is known already. GetOrderLifecycle serves the table, and
-docs/order-lifecycle.md is made of it:
-
-    python -m quantplane_server.orders.lifecycle > docs/order-lifecycle.md
+says what is known already. GetOrderLifecycle serves the table, and lifecycle_page.py
+makes docs/order-lifecycle.md of it.
 """
 
 from collections.abc import Iterator
@@ -29,11 +27,8 @@ REPLACE = pb.PENDING_REQUEST_REPLACE
 
 LIVE = (PENDING, OPEN)
 STOPS = (pb.ORDER_TYPE_STOP, pb.ORDER_TYPE_STOP_LIMIT)
-FACTS = (
-    pb.ORDER_EVENT_TYPE_TRADE,
-    pb.ORDER_EVENT_TYPE_TRADE_CANCEL,
-    pb.ORDER_EVENT_TYPE_TRADE_CORRECT,
-)
+REVERSALS = (pb.ORDER_EVENT_TYPE_TRADE_CANCEL, pb.ORDER_EVENT_TYPE_TRADE_CORRECT)
+FACTS = (pb.ORDER_EVENT_TYPE_TRADE, *REVERSALS)
 # What the broker does not say: it leaves outcome_unknown as it is.
 OURS = (
     pb.ORDER_EVENT_TYPE_SUBMITTED,
@@ -298,7 +293,7 @@ def apply(
     if row is None:
         if order.status in LIVE:
             raise _illegal(order, event, "GetOrderLifecycle says what can come now")
-        raise OrderTerminal(_status(order.status), _event(event))
+        raise OrderTerminal(status_name(order.status), event_name(event))
     if objection := _objection(order, change):
         raise _illegal(order, event, objection)
     after = pb.Order()
@@ -512,96 +507,17 @@ def _reaches(quantity: float, least: float) -> bool:
 
 
 def _illegal(order: pb.Order, event: Event, why: str) -> IllegalTransition:
-    status, name = _status(order.status), _event(event)
+    status, name = status_name(order.status), event_name(event)
     return IllegalTransition(
         f"the order is {status} and can't take {name}: {why}", status=status, event=name
     )
 
 
-def _status(status: Status) -> str:
+def status_name(status: Status) -> str:
     return pb.OrderStatus.Name(status).removeprefix("ORDER_STATUS_")
 
 
-def _event(event: Event) -> str:
+def event_name(event: Event) -> str:
     if event not in pb.OrderEventType.values():  # proto3 enums are open
         return str(event)
     return pb.OrderEventType.Name(event).removeprefix("ORDER_EVENT_TYPE_")
-
-
-def render() -> str:
-    """Return docs/order-lifecycle.md."""
-    rows = "\n".join(map(_line, TRANSITIONS))
-    statuses = "\n".join(
-        f"| {_status(status)} | {pb.OrdStatus.Name(fix).removeprefix('ORD_STATUS_')} |"
-        for status, fix in ORD_STATUS.items()
-    )
-    return PAGE.format(rows=rows, statuses=statuses)
-
-
-def _line(row: pb.Transition) -> str:
-    before = ", ".join(map(_status, getattr(row, "from"))) or "none"
-    to = ", ".join(map(_status, row.to)) or "stays"
-    cells = (_event(row.event), row.fix, before, to, row.guard, row.effect)
-    return f"| {' | '.join(cells)} |"
-
-
-PAGE = """\
-# The life of an order
-
-This page is made of the table that the server goes by: `TRANSITIONS` in
-`server/quantplane_server/orders/lifecycle.py`. The RPC `GetOrderLifecycle` serves the
-same. After a change of the table, write the page again:
-
-    python -m quantplane_server.orders.lifecycle > docs/order-lifecycle.md
-
-## Events
-
-The FIX column has the ExecType (tag 150) of FIX 4.4, or the message type (tag 35) where
-FIX reports the event by another message. Where an event leads to one of several
-statuses, the effect says which. What has no row is refused, with `ORDER_TERMINAL` where
-the order is over and `ILLEGAL_TRANSITION` where it is not; so is what breaks the
-condition of its row, with `ILLEGAL_TRANSITION`.
-
-| event | FIX | from | to | if | effect |
-|---|---|---|---|---|---|
-{rows}
-
-Besides:
-
-- Each event makes the order's `version` one higher.
-- An order that is over (FILLED, CANCELLED, REJECTED or EXPIRED) has no pending request.
-  Facts still change it: fills, busts and corrections are never refused for a status.
-- Whatever the broker says clears `outcome_unknown`, unless it repeats itself. No timer
-  guesses an outcome.
-- Quantities are compared within 1e-9, relative to the larger: 0.1 + 0.2 fills 0.3.
-
-## What changes nothing
-
-What is known already is answered with the order as it is, whatever its status:
-
-- SUBMITTED of an order that was submitted or is OPEN;
-- ACKNOWLEDGED under the same broker_order_id;
-- TRIGGERED of an order that is triggered;
-- CANCELLED, REJECTED or EXPIRED of an order that is that;
-- CANCEL_REQUESTED while a cancel is pending, or of a cancelled order;
-- REPLACE_REQUESTED for the terms that are pending or, with no other replacement
-  pending, in force;
-- CANCEL_REJECTED, REPLACED or REPLACE_REJECTED for an earlier command, or where no such
-  request is pending. Then a REPLACED that names no command, with terms that are not in
-  force, is refused: what a broker changes by itself is RESTATED;
-- RESTATED to the terms in force;
-- OUTCOME_UNKNOWN where that is known.
-
-## FIX OrdStatus
-
-`ord_status` is tag 39 by the precedence of FIX: PENDING_CANCEL while a cancel is
-pending; PENDING_REPLACE while a replacement is; PARTIALLY_FILLED where the order is
-OPEN and a part of it is filled; else by status:
-
-| status | OrdStatus |
-|---|---|
-{statuses}
-"""
-
-if __name__ == "__main__":
-    print(render(), end="")

@@ -19,8 +19,9 @@ from quantplane_server import log
 from quantplane_server.checks import time_us, to_datetime
 from quantplane_server.db import Connection
 from quantplane_server.orders.lifecycle import derived
+from quantplane_server.pages import Place
+from quantplane_server.portfolio.queries import SIDES
 
-SIDES = {pb.SIDE_BUY: "buy", pb.SIDE_SELL: "sell"}
 TYPES = {
     pb.ORDER_TYPE_MARKET: "market",
     pb.ORDER_TYPE_LIMIT: "limit",
@@ -118,7 +119,6 @@ STORE = f"""
     )
 """
 LOG = "orders"
-LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 LIVE = "status IN ('pending', 'open')"
 
 
@@ -279,14 +279,10 @@ async def page(
     conn: Connection,
     request: pb.ListOrdersRequest,
     start: datetime,
-    end: datetime,
-    after: tuple[datetime, str] | None,
+    place: Place,
     limit: int,
 ) -> list[pb.Order]:
-    """Return orders created in [start, end), the latest first, then in order of ids.
-
-    `after` is the time and id of the last one on the page before, None on the first.
-    """
+    """Return orders behind a place down to `start`, the latest first."""
     rows = await conn.fetch(
         f"""
         SELECT {COLUMNS} FROM orders
@@ -299,7 +295,7 @@ async def page(
          ORDER BY created_at DESC, order_id LIMIT $8
         """,
         start,
-        *(after or (end, LAST_ID)),
+        *place,
         list(request.filter.strategy_ids),
         list(request.filter.symbols),
         [STATUSES[status] for status in request.statuses],

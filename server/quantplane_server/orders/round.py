@@ -7,7 +7,6 @@ signals, names of new orders, the heads of the logs.
 
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
-from math import fsum
 from typing import Any, NamedTuple
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -18,13 +17,10 @@ from quantplane_server import log as logs
 from quantplane_server.checks import time_us, to_datetime
 from quantplane_server.db import Connection
 from quantplane_server.errors import (
-    ExecutionMismatch,
-    IllegalTransition,
     KeyReused,
     QuantplaneError,
     RiskLimit,
     SignalMismatch,
-    UnknownExecution,
     UnknownOrder,
     UnknownSignal,
     VersionMismatch,
@@ -39,22 +35,18 @@ from quantplane_server.orders.commands import (
     Replace,
     Submit,
 )
-from quantplane_server.orders.lifecycle import Filled, terms_of
+from quantplane_server.orders.executions import Executions
+from quantplane_server.orders.lifecycle import terms_of
 from quantplane_server.orders.queries import Key, NameTaken
 from quantplane_server.orders.risk import Exposure
 from quantplane_server.portfolio import queries as portfolio
 from quantplane_server.portfolio.booking import book
-from quantplane_server.portfolio.queries import Sums
 from quantplane_server.signals import queries as signals
 from quantplane_server.signals.events import log_events
 
-REVERSALS = (pb.ORDER_EVENT_TYPE_TRADE_CANCEL, pb.ORDER_EVENT_TYPE_TRADE_CORRECT)
 OVER = (pb.SIGNAL_STATUS_EXPIRED, pb.SIGNAL_STATUS_CANCELLED)
 
-NOTHING = Sums(0.0, 0.0, 0.0)
-MANY = 1_000_000  # executions of the orders of a round
 Name = tuple[str, str]  # strategy_id, client_order_id
-ExecName = tuple[str, str]  # order_id, broker_exec_id
 
 
 class Bounds(NamedTuple):
@@ -81,10 +73,7 @@ class Round:
         self._changed: set[str] = set()
         self._signals: dict[str, pb.Signal] = {}
         self._executed: set[str] = set()  # signals
-        self._known: dict[ExecName, pb.Execution] = {}
-        self._reversed: set[str] = set()  # executions
-        self._filled: dict[str, Sums] = {}
-        self._live: dict[str, dict[str, pb.Execution]] = {}  # executions, by order
+        self._known = Executions()
         self._events: list[pb.OrderEvent] = []
         self._booked: list[tuple[pb.OrderEvent, list[pb.Execution]]] = []
 
@@ -144,7 +133,7 @@ class Round:
         await self._read_exposure(limited)
         await self._read_signals(new)
         if fills:
-            await self._read_executions(fills)
+            await self._known.read(self._conn, fills)
 
     async def _read_exposure(self, strategies: Sequence[str]) -> None:
         # In this order: a fill between the two counts twice rather than not at all.
@@ -156,16 +145,6 @@ class Round:
     async def _read_signals(self, orders: Iterable[pb.NewOrder]) -> None:
         if named := {order.signal_id for order in orders if order.signal_id}:
             self._signals = await signals.find(self._conn, sorted(named))
-
-    async def _read_executions(self, reports: Sequence[pb.ExecutionReport]) -> None:
-        names = {(report.order_id, report.broker_exec_id) for report in reports}
-        self._known = await portfolio.executions_by_broker_id(self._conn, sorted(names))
-        ids = sorted({report.order_id for report in reports} & self._orders.keys())
-        self._filled = await portfolio.filled(self._conn, ids)
-        if again := sorted({r.order_id for r in reports if r.type in REVERSALS}):
-            for execution in await portfolio.executions_of(self._conn, again, MANY):
-                self._note(execution)
-                self._count(execution)
 
     # --- Deciding ---
 
@@ -289,28 +268,14 @@ class Round:
         report = fill.report
         kind = report.type or pb.ORDER_EVENT_TYPE_TRADE
         order = self._order(report.order_id)
-        if known := self._known.get((report.order_id, report.broker_exec_id)):
-            if not self._same(known, report, kind):
-                raise KeyReused("broker_exec_id", report.broker_exec_id)
+        executions = self._known.add(order, report)
+        if not executions:
             return Done(order, duplicate=True)
-        _check_match(order, report)
-        reversal = None
-        executions = []
-        if kind in REVERSALS:
-            reversal = self._reversal(report, kind)
-            executions.append(reversal)
-        if kind != pb.ORDER_EVENT_TYPE_TRADE_CANCEL:
-            execution = _execution(order, report)
-            if reversal:
-                execution.ref_execution_id = reversal.ref_execution_id
-            executions.append(execution)
-        filled = self._sums(order.order_id, executions)
+        filled = self._known.filled(order.order_id)
         filled = filled._replace(leaves=report.leaves_quantity)
         change = pb.OrderReport(order_id=order.order_id, type=kind)
         after = lifecycle.apply(order, change, self._at, filled)
         assert after, "a fact always says something new"
-        for execution in executions:
-            self._note(execution)
         self.executions += executions
         event = self._happened(kind, after, fill.trace_id)
         event.broker_time.CopyFrom(report.time)
@@ -319,75 +284,11 @@ class Round:
             self._executed.add(order.signal_id)
         return Done(after, duplicate=False)
 
-    def _same(self, known: pb.Execution, report: pb.ExecutionReport, kind: Any) -> bool:
-        """Tell whether a report says what an execution was booked for."""
-        if (known.quantity < 0) != (kind == pb.ORDER_EVENT_TYPE_TRADE_CANCEL):
-            return False
-        if known.quantity < 0:
-            return True
-        return (known.symbol, known.side, known.quantity, known.price) == (
-            *(report.symbol, report.side, report.quantity, report.price),
-        )
-
-    def _reversal(self, report: pb.ExecutionReport, kind: Any) -> pb.Execution:
-        """Return what takes the execution back that a report refers to."""
-        name = (report.order_id, report.ref_broker_exec_id)
-        original = self._known.get(name)
-        if original is None or original.quantity < 0:
-            raise UnknownExecution(report.ref_broker_exec_id)
-        if original.execution_id in self._reversed:
-            raise IllegalTransition(
-                f"execution {report.ref_broker_exec_id!r} was taken back already",
-                broker_exec_id=report.ref_broker_exec_id,
-            )
-        reversal = pb.Execution()
-        reversal.CopyFrom(original)
-        reversal.execution_id = new_id()
-        reversal.ref_execution_id = original.execution_id
-        reversal.quantity = -original.quantity
-        reversal.commission = -original.commission
-        reversal.time.CopyFrom(report.time)
-        # A correction's own name goes to what is right.
-        cancels = kind == pb.ORDER_EVENT_TYPE_TRADE_CANCEL
-        reversal.broker_exec_id = report.broker_exec_id if cancels else ""
-        return reversal
-
-    def _sums(self, order_id: str, executions: Sequence[pb.Execution]) -> Filled:
-        """Return what is filled of an order with these executions."""
-        live = self._live.get(order_id)
-        if live is None:  # none of them takes anything back
-            quantity, notional, _ = self._filled.get(order_id, NOTHING)
-            quantity += sum(e.quantity for e in executions)
-            notional += sum(e.quantity * e.price for e in executions)
-            self._filled[order_id] = Sums(quantity, notional, 0.0)
-            return Filled(quantity, notional)
-        for execution in executions:
-            self._count(execution)
-        return Filled(
-            fsum(e.quantity for e in live.values()),
-            fsum(e.quantity * e.price for e in live.values()),
-        )
-
-    def _count(self, execution: pb.Execution) -> None:
-        """Count an execution of an order whose executions are all known."""
-        live = self._live.setdefault(execution.order_id, {})
-        if execution.quantity < 0:
-            live.pop(execution.ref_execution_id, None)
-        else:
-            live[execution.execution_id] = execution
-
     def _order(self, order_id: str) -> pb.Order:
         order = self._orders.get(order_id)
         if order is None:
             raise UnknownOrder(order_id, order_id=order_id)
         return order
-
-    def _note(self, execution: pb.Execution) -> None:
-        if execution.broker_exec_id:
-            name = (execution.order_id, execution.broker_exec_id)
-            self._known[name] = execution
-        if execution.quantity < 0:
-            self._reversed.add(execution.ref_execution_id)
 
     def _happened(
         self, kind: Any, order: pb.Order, trace_id: str, actor: str = ""
@@ -457,32 +358,6 @@ def _risk_error(order: pb.Order) -> RiskLimit:
     limit = order.reject_code.removeprefix(risk.PREFIX).lower()
     return RiskLimit(
         f"{limit}: {order.error_message}", limit=limit, order_id=order.order_id
-    )
-
-
-def _check_match(order: pb.Order, report: pb.ExecutionReport) -> None:
-    for field in ("symbol", "side"):
-        if getattr(report, field) != getattr(order, field):
-            raise ExecutionMismatch(
-                f"the execution's {field} is not that of the order",
-                order_id=order.order_id,
-            )
-
-
-def _execution(order: pb.Order, report: pb.ExecutionReport) -> pb.Execution:
-    return pb.Execution(
-        execution_id=new_id(),
-        time=report.time,
-        order_id=order.order_id,
-        symbol=order.symbol,
-        side=order.side,
-        quantity=report.quantity,
-        price=report.price,
-        commission=report.commission,
-        venue=report.venue,
-        broker_exec_id=report.broker_exec_id,
-        late=lifecycle.is_late(order),
-        strategy_id=order.strategy_id,
     )
 
 

@@ -1,14 +1,10 @@
 """OrderService: what strategies ask; BrokerService is in broker.py."""
 
 from collections.abc import AsyncIterator, Sequence
-from datetime import datetime
-from struct import Struct
 from typing import Any
-from uuid import UUID
 
 from quantplane import v1 as pb
 from quantplane.v1 import orders_pb2_grpc as rpc
-from quantplane_server.checks import FIRST, LAST, time_given, to_datetime
 from quantplane_server.db import Connection, Database
 from quantplane_server.errors import (
     InvalidRequest,
@@ -29,19 +25,16 @@ from quantplane_server.orders.commands import (
 )
 from quantplane_server.orders.streams import OrderStream
 from quantplane_server.orders.writer import Writer
+from quantplane_server.pages import begin, token_behind
 from quantplane_server.portfolio import queries as portfolio
-from quantplane_server.rpc.interceptor import Context
+from quantplane_server.rpc.interceptor import Context, Serialised
 from quantplane_server.rpc.trace import trace_id
 from quantplane_server.signals import queries as signals
 from quantplane_server.streams import Streams
-from quantplane_server.tokens import Tokens, purpose
+from quantplane_server.tokens import Tokens
 
 PAGE = 1_000  # where a request names no page_size
 MAX_LINEAGE = 10_000  # orders, and executions
-_PLACE = Struct("!q16s")  # the time in us, and the id, of the last row of a page
-
-Place = tuple[datetime, str]
-Serialised = Any  # a response's bytes, ready-made, where the stubs know only messages
 
 
 class OrderService(rpc.OrderServiceServicer):
@@ -123,14 +116,14 @@ class OrderService(rpc.OrderServiceServicer):
     ) -> pb.ListOrdersResponse:
         checks.check_list_orders(request)
         limit = request.page_size or PAGE
-        start, end, after = self._place(request)
+        start, place = begin(self._tokens, request)
         async with self._db.connection() as conn:
-            rows = await queries.page(conn, request, start, end, after, limit + 1)
+            rows = await queries.page(conn, request, start, place, limit + 1)
         response = pb.ListOrdersResponse(orders=rows[:limit])
         if len(rows) > limit:
             last = rows[limit - 1]
-            response.next_page_token = self._page_token(
-                request, last.created_at, last.order_id
+            response.next_page_token = token_behind(
+                self._tokens, request, last.created_at, last.order_id
             )
         return response
 
@@ -139,14 +132,16 @@ class OrderService(rpc.OrderServiceServicer):
     ) -> pb.ListExecutionsResponse:
         checks.check_list_executions(request)
         limit = request.page_size or PAGE
-        wanted = (request.filter, request.order_id, *self._place(request))
+        start, place = begin(self._tokens, request)
         async with self._db.connection() as conn:
-            rows = await portfolio.list_executions(conn, *wanted, limit + 1)
+            rows = await portfolio.list_executions(
+                conn, request.filter, request.order_id, start, place, limit + 1
+            )
         response = pb.ListExecutionsResponse(executions=rows[:limit])
         if len(rows) > limit:
             last = rows[limit - 1]
-            response.next_page_token = self._page_token(
-                request, last.time, last.execution_id
+            response.next_page_token = token_behind(
+                self._tokens, request, last.time, last.execution_id
             )
         return response
 
@@ -195,22 +190,6 @@ class OrderService(rpc.OrderServiceServicer):
         if order is None:
             raise UnknownOrder(name, **metadata)
         return order
-
-    def _place(self, request: Any) -> tuple[datetime, datetime, Place | None]:
-        """Return the range of a list, and the last row of the page before, if any."""
-        start = time_given(request, "start_time", FIRST)
-        end = time_given(request, "end_time", LAST)
-        if not request.page_token:
-            return start, end, None
-        query = purpose(request, "page_token", "page_size")
-        payload = self._tokens.open_page(query, request.page_token)
-        time_us, id = _PLACE.unpack(payload)
-        return start, end, (to_datetime(time_us), str(UUID(bytes=id)))
-
-    def _page_token(self, request: Any, time: Any, id: str) -> str:
-        query = purpose(request, "page_token", "page_size")
-        payload = _PLACE.pack(time.ToMicroseconds(), UUID(id).bytes)
-        return self._tokens.page_token(query, payload)
 
 
 def submit_or_error(order: pb.NewOrder, trace: str) -> Submit | QuantplaneError:

@@ -16,8 +16,9 @@ from quantplane import Client
 from quantplane import v1 as pb
 from quantplane.errors import describe
 from quantplane.follow import Follower
+from quantplane.retry import answered
 from quantplane_server.paper.book import Book, Commission, rejected
-from quantplane_server.paper.outbox import Outbox, answered
+from quantplane_server.paper.outbox import Outbox
 
 MAX_SYMBOLS = 10_000  # of one stream of quotes
 ON_THEIR_WAY = 100  # responses with commands, while the latency passes

@@ -6,12 +6,9 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Any
 
-import grpc
-
 from quantplane import Client
 from quantplane import v1 as pb
-from quantplane.errors import describe, is_transient
-from quantplane.follow import Backoff
+from quantplane.retry import answered
 from quantplane_server.paper.book import Report
 
 logger = logging.getLogger(__name__)
@@ -98,17 +95,3 @@ def sendable(reports: dict[int, Report], kind: type[Report]) -> list[int]:
         else:
             waiting.add(report.order_id)
     return chosen
-
-
-async def answered(method: Any, request: Any) -> Any:
-    """Return the server's answer, however long it is away."""
-    backoff = Backoff()
-    while True:
-        try:
-            return await method(request)
-        except grpc.aio.AioRpcError as error:
-            if not is_transient(error):
-                raise
-            delay = backoff.next()
-            logger.warning("%s; trying again in %.1f s", describe(error), delay)
-        await asyncio.sleep(delay)

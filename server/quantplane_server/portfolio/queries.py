@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 from quantplane import v1 as pb
 from quantplane_server.checks import TICK, time_us, to_datetime
-from quantplane_server.db import Connection
+from quantplane_server.db import Connection, try_lock
+from quantplane_server.pages import Place
 from quantplane_server.portfolio.positions import Book, Fill, Position, fill_of
 
 SIDES = {pb.SIDE_BUY: "buy", pb.SIDE_SELL: "sell"}
 SIDE_OF = {text: side for side, text in SIDES.items()}
-LAST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 BATCH = 200  # rows that are fetched, and so worked on, at once by who reads many
 
 Pair = tuple[str, str]
@@ -60,9 +60,9 @@ async def executions_by_broker_id(
 class Sums(NamedTuple):
     """Over the executions of an order that count."""
 
-    quantity: float
-    notional: float  # of quantity * price
-    gross: float  # of its absolute value
+    quantity: float = 0.0
+    notional: float = 0.0  # of quantity * price
+    gross: float = 0.0  # of its absolute value
 
 
 async def filled(conn: Connection, order_ids: Sequence[str]) -> dict[str, Sums]:
@@ -116,15 +116,10 @@ async def list_executions(
     filter: pb.OrderFilter,
     order_id: str,
     start: datetime,
-    end: datetime,
-    after: tuple[datetime, str] | None,
+    place: Place,
     limit: int,
 ) -> list[pb.Execution]:
-    """Return executions in [start, end), the latest first, then in order of ids.
-
-    `after` is the time and execution_id of the last one on the page before, None on
-    the first page.
-    """
+    """Return executions behind a place down to `start`, the latest first."""
     conditions = {
         "strategy_id = ANY ({})": list(filter.strategy_ids),
         "symbol = ANY ({})": list(filter.symbols),
@@ -139,7 +134,7 @@ async def list_executions(
          ORDER BY time DESC, execution_id LIMIT $4
         """,
         start,
-        *(after or (end, LAST_ID)),
+        *place,
         limit,
         *given.values(),
     )
@@ -462,10 +457,7 @@ _SNAPSHOT = (
 
 async def claim_snapshots(conn: Connection) -> bool:
     """Be the one who takes snapshots while the connection lives, if there is none."""
-    claimed: bool = await conn.fetchval(
-        "SELECT pg_try_advisory_lock(hashtext('quantplane.snapshots'), 0)"
-    )
-    return claimed
+    return await try_lock(conn, "quantplane.snapshots")
 
 
 async def insert_snapshot(conn: Connection, snapshot: pb.PortfolioSnapshot) -> None:

@@ -13,6 +13,8 @@ import grpc
 from google.protobuf.message import Message
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+# A response's bytes, ready-made, where the stubs know only messages.
+Serialised: TypeAlias = Any
 
 
 class Call(NamedTuple):

@@ -17,13 +17,15 @@ from quantplane_server.checks import (
     time_us,
 )
 from quantplane_server.constraints import FRACTION, ONCE, RULES
-from quantplane_server.signals.metadata import METADATA, is_metadata
+from quantplane_server.structs import is_json, rule
 
 MAX_BATCH = 1_000
 MAX_NAMES = 1_000
+MAX_METADATA_BYTES = 16 << 10  # as JSON
 
 EXPIRATION = "must lie after time, and before the year 10000"
 EMPTY = "must be empty: the server sets it"
+METADATA = rule(MAX_METADATA_BYTES)
 AT_MOST = f"must be at most {MAX_NAMES:,}"
 
 TYPES = set(pb.SignalType.values()) - {pb.SIGNAL_TYPE_UNSPECIFIED}
@@ -57,7 +59,8 @@ def _check_signal(check: Checks, signal: pb.Signal, at: str) -> None:
         after = later and is_bound(signal.expiration)
         check(after, at + "expiration", EXPIRATION)
     if signal.HasField("metadata"):
-        check(is_metadata(signal.metadata), at + "metadata", METADATA)
+        kept = is_json(signal.metadata, MAX_METADATA_BYTES)
+        check(kept, at + "metadata", METADATA)
     check(not signal.status, at + "status", EMPTY)
     check(not signal.trace_id, at + "trace_id", EMPTY)
 

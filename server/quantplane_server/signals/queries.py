@@ -15,9 +15,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from quantplane import v1 as pb
 from quantplane_server.checks import time_us, to_datetime
 from quantplane_server.db import Connection
-from quantplane_server.signals.metadata import from_json, to_json
-
-Place = tuple[datetime, UUID]  # of a signal in a list
+from quantplane_server.pages import Place
+from quantplane_server.structs import to_json, to_struct
 
 COLUMNS = (
     "signal_id, time, strategy_id, symbol, signal_type, strength, confidence,"
@@ -25,7 +24,6 @@ COLUMNS = (
 )
 # The bounds keep the planner to the chunks that it needs.
 BY_PLACES = "signal_id = ANY ($1) AND time BETWEEN $2 AND $3"
-LAST_ID = UUID(int=(1 << 128) - 1)
 FETCH = 500  # rows read ahead
 
 
@@ -181,11 +179,7 @@ async def rows_before(
     place: Place,
     limit: int,
 ) -> AsyncIterator[pb.Signal]:
-    """Yield signals behind a place down to `start`, the latest first; in a transaction.
-
-    Of a place that is no signal's, but only a time with LAST_ID, these are the signals
-    before that time.
-    """
+    """Yield signals behind a place, the latest first, to `start`; in a transaction."""
     args: list[Any] = [limit, start, *place]
     conditions = _conditions(wanted, args)
     if statuses:
@@ -274,7 +268,7 @@ def _signal(row: Any) -> pb.Signal:
         confidence=row["confidence"],
         target_price=row["target_price"],
         stop_loss=row["stop_loss"],
-        metadata=from_json(row["metadata"]),
+        metadata=to_struct(row["metadata"]),
         trace_id=row["trace_id"],
     )
     signal.time.FromDatetime(row["time"])

@@ -1,14 +1,10 @@
 """SignalService: signals are published, change their status once, and are followed."""
 
-import struct
 from collections.abc import AsyncIterator, Sequence
 from hashlib import sha256
-from typing import Any
-from uuid import UUID
 
 from quantplane import v1 as pb
 from quantplane.v1 import signals_pb2_grpc as rpc
-from quantplane_server.checks import FIRST, LAST, time_given, time_us, to_datetime
 from quantplane_server.db import Connection, Database
 from quantplane_server.errors import (
     IllegalTransition,
@@ -19,23 +15,20 @@ from quantplane_server.errors import (
 from quantplane_server.fanout import varint
 from quantplane_server.log import Entry, Logs, append
 from quantplane_server.log_stream import LogStream
-from quantplane_server.rpc.interceptor import Context
+from quantplane_server.pages import begin, token_behind
+from quantplane_server.rpc.interceptor import Context, Serialised
 from quantplane_server.rpc.trace import trace_id
 from quantplane_server.signals import checks, queries
 from quantplane_server.signals.events import LOG, log_events
-from quantplane_server.signals.queries import LAST_ID, Place
 from quantplane_server.streams import Streams
-from quantplane_server.tokens import Tokens, purpose
+from quantplane_server.tokens import Tokens
 
 PAGE = 1_000  # where a request names no page_size
 PAGE_BYTES = 2 << 20  # where a page, or a part of a snapshot, ends at the latest
 MAX_ACTIVE = 100_000  # signals in a snapshot
 MAX_ACTIVE_BYTES = 64 << 20
 
-Serialised = Any  # a response's bytes, ready-made, where the stubs know only messages
-
 EVENTS = b"\x12"  # the tag of WatchSignalsResponse.events
-PLACE = struct.Struct("!q16s")
 
 
 class SignalService(rpc.SignalServiceServicer):
@@ -105,11 +98,7 @@ class SignalService(rpc.SignalServiceServicer):
         self, request: pb.ListSignalsRequest, context: Context
     ) -> pb.ListSignalsResponse:
         checks.check_list(request)
-        query = purpose(request, "page_token", "page_size")
-        start = time_given(request, "start_time", FIRST)
-        place: Place = (time_given(request, "end_time", LAST), LAST_ID)
-        if request.page_token:
-            place = _unpacked(self._tokens.open_page(query, request.page_token))
+        start, place = begin(self._tokens, request)
         limit = request.page_size or PAGE
         async with self._db.transaction(readonly=True) as conn:
             rows = queries.rows_before(
@@ -117,8 +106,13 @@ class SignalService(rpc.SignalServiceServicer):
             )
             part = await anext(_parts(rows, limit), None)
         page, more = part or ([], False)
-        token = self._tokens.page_token(query, _packed(page[-1])) if more else ""
-        return pb.ListSignalsResponse(signals=page, next_page_token=token)
+        response = pb.ListSignalsResponse(signals=page)
+        if more:
+            last = page[-1]
+            response.next_page_token = token_behind(
+                self._tokens, request, last.time, last.signal_id
+            )
+        return response
 
     async def WatchSignals(
         self, request: pb.WatchSignalsRequest, context: Context
@@ -231,13 +225,3 @@ async def _parts(
         size += signal.ByteSize()
     if part:
         yield part, False
-
-
-def _packed(signal: pb.Signal) -> bytes:
-    """Return the place of a signal in a list."""
-    return PLACE.pack(time_us(signal.time), UUID(signal.signal_id).bytes)
-
-
-def _unpacked(payload: bytes) -> Place:
-    stamp_us, id = PLACE.unpack(payload)
-    return to_datetime(stamp_us), UUID(bytes=id)
