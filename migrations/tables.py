@@ -538,9 +538,19 @@ Table(
     Column("new_value", JSONB),
     Column("ip_address", INET),
     Column("user_agent", Text),
+    Column("trace_id", Text),
     Index("idx_audit_timestamp", text("timestamp DESC")),
     Index("idx_audit_user", "user_id", text("timestamp DESC")),
     Index("idx_audit_resource", "resource_type", "resource_id"),
+)
+
+# How far the logs of signals and orders are entered in the audit log.
+Table(
+    "audit_positions",
+    reference,
+    Column("log", Text, primary_key=True),
+    Column("revision", BigInteger, nullable=False),
+    Column("entry_check", LargeBinary, nullable=False),
 )
 
 # Keys of processes; only their hashes are kept.

@@ -33,6 +33,7 @@ MORE_COLUMNS = {
         *("position_quantity", "realized_pnl"),
     ],
     "positions": ["n_executions"],
+    "audit_logs": ["trace_id"],
 }
 FOREIGN = "FOREIGN KEY"
 OTHER_CONSTRAINTS = {
@@ -49,7 +50,7 @@ MORE_TABLES = {
     *("bus_positions", "pending_days", "aggregated_days", "option_chain_times"),
     *("signal_keys", "order_keys", "execution_keys", "event_log", "log_head"),
     "strategy_positions",
-    *("retention_policies", "maintenance_runs", "api_keys"),
+    *("retention_policies", "maintenance_runs", "api_keys", "audit_positions"),
 }
 
 HYPERTABLES = {

@@ -2,5 +2,6 @@
 
 from quantplane.client import Client
 from quantplane.errors import metadata_of, reason_of, violations_of
+from quantplane.tls import Tls
 
-__all__ = ["Client", "metadata_of", "reason_of", "violations_of"]
+__all__ = ["Client", "Tls", "metadata_of", "reason_of", "violations_of"]

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, Self
 from weakref import WeakSet
 
-import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.descriptor_pb2 import MethodOptions
 from google.protobuf.descriptor_pool import Default as default_pool
@@ -18,6 +17,7 @@ from quantplane import v1 as pb
 from quantplane.follow import Follower, Request, Response, StreamMethod
 from quantplane.keys import fill_keys
 from quantplane.publish import QuotePublisher
+from quantplane.tls import Tls, open_channel
 
 TARGET = "127.0.0.1:50051"
 
@@ -27,6 +27,7 @@ OPTIONS = [
     ("grpc.http2.bdp_probe", 0),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # the one that counts, 60 s by default
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -49,7 +50,10 @@ RETRY = {
 class Client:
     """All services of a quantplane server, each an attribute with its methods.
 
-    The target is QUANTPLANE_TARGET, or 127.0.0.1:50051, where none is given.
+    The target is QUANTPLANE_TARGET, or 127.0.0.1:50051, where none is given. TLS is
+    what QUANTPLANE_TLS_CA, _CLIENT_CERT, _CLIENT_KEY and _NAME say where none is
+    given; without any, the connection is plaintext. Raises TlsProblem for a file.
+
     Unary methods that are safe to repeat are retried while the server is away,
     and end within 10 s unless they are long_running; all others are called once.
     An empty idempotency key is filled before the first try, in a copy of the
@@ -63,14 +67,16 @@ class Client:
     order: pb.OrderServiceStub
     broker: pb.BrokerServiceStub
     portfolio: pb.PortfolioServiceStub
+    strategy: pb.StrategyServiceStub
+    configuration: pb.ConfigurationServiceStub
+    audit: pb.AuditServiceStub
     admin: pb.AdminServiceStub
 
-    def __init__(self, target: str | None = None) -> None:
+    def __init__(self, target: str | None = None, tls: Tls | None = None) -> None:
         self.target = target or os.environ.get("QUANTPLANE_TARGET") or TARGET
         config = json.dumps(service_config(service for service, _ in services()))
-        self._channel = grpc.aio.insecure_channel(
-            self.target, [*OPTIONS, ("grpc.service_config", config)]
-        )
+        options = [*OPTIONS, ("grpc.service_config", config)]
+        self._channel = open_channel(self.target, options, tls)
         self._streams: WeakSet[Follower[Any] | QuotePublisher] = WeakSet()
         for service, stub in services():
             methods = stub(self._channel)

@@ -18,6 +18,7 @@ import grpc
 
 from quantplane import client, follow
 from quantplane import v1 as pb
+from quantplane.tls import Tls
 
 Result = TypeVar("Result")
 
@@ -34,11 +35,14 @@ class Client:
     order: Service
     broker: Service
     portfolio: Service
+    strategy: Service
+    configuration: Service
+    audit: Service
     admin: Service
 
-    def __init__(self, target: str | None = None) -> None:
+    def __init__(self, target: str | None = None, tls: Tls | None = None) -> None:
         self._loop = Loop()
-        self._client = self._loop.run(_open(target))
+        self._client = self._loop.run(_open(target, tls))
         for service, _ in client.services():
             name = client.attribute_of(service)
             setattr(self, name, Service(self._loop, getattr(self._client, name)))
@@ -250,8 +254,8 @@ class Loop:
         self._thread.join()
 
 
-async def _open(target: str | None) -> client.Client:
-    return client.Client(target)
+async def _open(target: str | None, tls: Tls | None) -> client.Client:
+    return client.Client(target, tls)
 
 
 async def _call(method: Any, request: Any, options: dict[str, Any]) -> Any:

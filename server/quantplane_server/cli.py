@@ -16,10 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
+import grpc
 import typer
 import uvloop
 from pydantic import ValidationError
 
+from quantplane.tls import explain
 from quantplane_server import backup as backups
 from quantplane_server import bus as buses
 from quantplane_server import db as databases
@@ -34,7 +36,8 @@ from quantplane_server.migrate import SchemaOutdated, upgrade
 from quantplane_server.paper import broker as paper_broker
 from quantplane_server.paper.book import Commission
 from quantplane_server.processes import READY, Child
-from quantplane_server.rpc.health import check
+from quantplane_server.rpc.health import ask, check
+from quantplane_server.rpc.tls import Certificates
 from quantplane_server.tasks import end
 
 app = typer.Typer(
@@ -53,6 +56,10 @@ T = TypeVar("T")
 Embedded = TypeVar("Embedded", Postgres, Valkey)
 Listen = Annotated[
     str | None, typer.Option("--listen", metavar="HOST:PORT", help="Where to serve.")
+]
+Insecure = Annotated[
+    bool | None,
+    typer.Option("--insecure", help="Plaintext may be served beyond loopback."),
 ]
 Workers = Annotated[
     int, typer.Option("--workers", min=1, help="Processes that share the port.")
@@ -82,22 +89,24 @@ def up(
     ] = False,
     data_dir: DataDir = None,
     listen: Listen = None,
+    insecure: Insecure = None,
     workers: Workers = 1,
 ) -> None:
     """Start everything: PostgreSQL, Valkey, migrations, the server, a paper broker."""
-    settings = _settings(data_dir=data_dir, listen=listen)
+    settings = _settings(data_dir=data_dir, listen=listen, insecure=insecure)
     _run(_up(settings, ephemeral, workers, with_demo, with_paper))
 
 
 @app.command()
 def serve(
     listen: Listen = None,
+    insecure: Insecure = None,
     workers: Workers = 1,
     share_port: Annotated[bool, typer.Option("--share-port", hidden=True)] = False,
     until_eof: UntilEof = False,
 ) -> None:
     """Serve from the PostgreSQL and Redis that QUANTPLANE_* settings name."""
-    settings = _settings(listen=listen)
+    settings = _settings(listen=listen, insecure=insecure)
     if share_port:
         _run(_stay(serving(settings, share_port=True), until_eof))
     else:
@@ -214,6 +223,7 @@ async def _up(
     with_demo: bool,
     with_paper: bool,
 ) -> None:
+    _check_transport(settings)
     async with AsyncExitStack() as stack:
         folder = None if ephemeral else settings.data_dir
         if not settings.postgres_dsn:
@@ -252,6 +262,7 @@ async def _kept(service: Embedded) -> AsyncIterator[Embedded]:
 async def _served(settings: Settings, workers: int) -> AsyncIterator[str]:
     """Serve and record: one process that serves, or several, and one that records."""
     settings.backends()  # refuses at once what is not set
+    _check_transport(settings)
     if workers > 1 and settings.listen.endswith(":0"):
         raise ValueError("workers share a port: give --listen one that is not 0")
     async with AsyncExitStack() as stack:
@@ -276,10 +287,29 @@ async def _traded(
         commands = [["paper"]] if with_paper else []
         if with_strategy:
             commands.append(["strategy", str(int(time.time()))])
+        if commands and settings.tls():
+            await _check_reachable(address)
         for command in commands:
             child = Child(*command, "--target", address, settings=settings)
             await stack.enter_async_context(child.running())
         yield address
+
+
+def _check_transport(settings: Settings) -> None:
+    """Raise ValueError, before anything is started, for what could not be served."""
+    if files := settings.tls():
+        Certificates(*files)
+
+
+async def _check_reachable(address: str) -> None:
+    """Raise RuntimeError if TLS keeps out the clients that run beside the server."""
+    try:
+        await ask(address)
+    except grpc.aio.AioRpcError as error:
+        if why := explain(error):
+            raise RuntimeError(
+                f"the clients beside the server can't reach {address}: {why}"
+            ) from None
 
 
 async def _stay(

@@ -1,9 +1,22 @@
 """Settings: read once from QUANTPLANE_* variables, overridden by command-line flags."""
 
+import re
+from ipaddress import ip_address
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ADDRESS = re.compile(r"(?:\[(?P<v6>[^]]*)]|(?P<host>[^:]*)):[0-9]+")
+
+
+class TlsFiles(NamedTuple):
+    """PEM files to serve TLS with."""
+
+    cert: str
+    key: str
+    client_ca: str | None
 
 
 class Settings(BaseSettings):
@@ -13,6 +26,14 @@ class Settings(BaseSettings):
 
     listen: str = "127.0.0.1:50051"
     """Host and port; port 0 takes a free one."""
+    tls_cert: str | None = None
+    """PEM file of the server's certificate and its chain. None: plaintext."""
+    tls_key: str | None = None
+    """PEM file of the certificate's key."""
+    tls_client_ca: str | None = None
+    """PEM file of the CA that must have signed clients' certificates. None: no need."""
+    insecure: bool = False
+    """Plaintext may be served beyond loopback."""
     postgres_dsn: str | None = None
     """A real server's. None: `up` brings its own."""
     reference_dsn: str | None = None
@@ -43,6 +64,25 @@ class Settings(BaseSettings):
             )
         return self.postgres_dsn, self.redis_url
 
+    def tls(self) -> TlsFiles | None:
+        """Return the files to serve TLS with; None: plaintext.
+
+        Raises ValueError where only some are set, or plaintext would leave loopback.
+        """
+        if self.tls_cert and self.tls_key:
+            return TlsFiles(self.tls_cert, self.tls_key, self.tls_client_ca or None)
+        if self.tls_cert or self.tls_key or self.tls_client_ca:
+            raise ValueError(
+                "QUANTPLANE_TLS_CERT and QUANTPLANE_TLS_KEY must both be set for TLS"
+            )
+        if not (self.insecure or _is_loopback(self.listen)):
+            raise ValueError(
+                f"{self.listen} is beyond loopback, where plaintext can be read and "
+                "changed: set QUANTPLANE_TLS_CERT and QUANTPLANE_TLS_KEY, or say "
+                "--insecure"
+            )
+        return None
+
     def environment(self) -> dict[str, str]:
         """Return these settings as the variables that make them."""
         return {
@@ -50,3 +90,18 @@ class Settings(BaseSettings):
             for name, value in self.model_dump().items()
             if value is not None
         }
+
+
+def _is_loopback(listen: str) -> bool:
+    """Say whether only this machine reaches an address as gRPC takes it."""
+    if listen.startswith(("unix:", "unix-abstract:")):
+        return True
+    match = ADDRESS.fullmatch(listen)
+    if match is None:
+        return False
+    if match["host"] == "localhost":
+        return True
+    try:
+        return ip_address(match["v6"] or match["host"]).is_loopback
+    except ValueError:
+        return False

@@ -10,6 +10,8 @@ QuantplaneError
 ├── UnknownSignal        NOT_FOUND           UNKNOWN_SIGNAL
 ├── UnknownOrder         NOT_FOUND           UNKNOWN_ORDER
 ├── UnknownExecution     NOT_FOUND           UNKNOWN_EXECUTION
+├── UnknownStrategy      NOT_FOUND           UNKNOWN_STRATEGY
+├── UnknownConfiguration NOT_FOUND           UNKNOWN_CONFIGURATION
 ├── KeyReused            ALREADY_EXISTS      IDEMPOTENCY_KEY_REUSED
 ├── OrderTerminal        FAILED_PRECONDITION ORDER_TERMINAL
 ├── IllegalTransition    FAILED_PRECONDITION ILLEGAL_TRANSITION
@@ -17,6 +19,7 @@ QuantplaneError
 ├── SignalMismatch       FAILED_PRECONDITION SIGNAL_MISMATCH
 ├── ExecutionMismatch    INVALID_ARGUMENT    EXECUTION_MISMATCH
 ├── VersionMismatch      ABORTED             VERSION_MISMATCH
+├── EtagMismatch         ABORTED             ETAG_MISMATCH
 ├── FeedReplaced         ABORTED             FEED_REPLACED
 ├── TooManyStreams       RESOURCE_EXHAUSTED  TOO_MANY_STREAMS
 ├── ResultTooLarge       RESOURCE_EXHAUSTED  RESULT_TOO_LARGE
@@ -165,6 +168,24 @@ class UnknownExecution(QuantplaneError):
         )
 
 
+class UnknownStrategy(QuantplaneError):
+    code = StatusCode.NOT_FOUND
+    reason = pb.ERROR_REASON_UNKNOWN_STRATEGY
+
+    def __init__(self, strategy_id: str) -> None:
+        super().__init__(
+            f"there is no strategy {strategy_id!r}", strategy_id=strategy_id
+        )
+
+
+class UnknownConfiguration(QuantplaneError):
+    code = StatusCode.NOT_FOUND
+    reason = pb.ERROR_REASON_UNKNOWN_CONFIGURATION
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"{key} is not set", key=key)
+
+
 class KeyReused(QuantplaneError):
     """A key came again with another body."""
 
@@ -208,6 +229,16 @@ class VersionMismatch(QuantplaneError):
         super().__init__(
             f"the order is at version {version} now; read it again", version=version
         )
+
+
+class EtagMismatch(QuantplaneError):
+    """What was to be changed is not as the caller has read it."""
+
+    code = StatusCode.ABORTED
+    reason = pb.ERROR_REASON_ETAG_MISMATCH
+
+    def __init__(self, name: str, etag: str) -> None:
+        super().__init__(f"{name} has changed since; read it again", etag=etag)
 
 
 class RiskLimit(QuantplaneError):

@@ -20,6 +20,8 @@ from quantplane_server.admin.maintenance import (
     own_tasks,
 )
 from quantplane_server.admin.service import AdminService
+from quantplane_server.audit.service import AuditService
+from quantplane_server.audit.transcriber import Transcriber
 from quantplane_server.bus import SHARDS, Bus
 from quantplane_server.config import Settings
 from quantplane_server.constraints import refusal
@@ -42,9 +44,12 @@ from quantplane_server.orders.service import OrderService
 from quantplane_server.orders.writer import Writer
 from quantplane_server.portfolio.service import PortfolioService
 from quantplane_server.portfolio.snapshots import Snapshots
+from quantplane_server.reference.configurations import ConfigurationService
+from quantplane_server.reference.strategies import StrategyService
 from quantplane_server.rpc.errors import errors_to_status
 from quantplane_server.rpc.health import Check, Health
 from quantplane_server.rpc.interceptor import Interceptor
+from quantplane_server.rpc.tls import Certificates
 from quantplane_server.signals import expiry as signals
 from quantplane_server.signals.service import SignalService
 from quantplane_server.streams import Streams
@@ -64,16 +69,29 @@ NEEDS = {
     "OrderService": ["db"],
     "BrokerService": ["db"],
     "PortfolioService": ["db", "bus"],
+    "StrategyService": ["reference"],
+    "ConfigurationService": ["reference"],
+    "AuditService": ["reference"],
     "AdminService": ["db"],
 }
 PACKAGE = rpc.Quote.DESCRIPTOR.file.package
 LOGS = {"orders": rpc.OrderEvent, "signals": rpc.SignalEvent}
 STOP_S = 2.0  # beyond the grace, for what does not end by itself
 
+CALLS = 10_000  # at a time, beside the streams; begun ones count too
+
 OPTIONS = [
     ("grpc.max_receive_message_length", 4 << 20),
+    # One number for both, so that it does not depend on chance what is refused.
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.absolute_max_metadata_size", 16 << 10),
+    ("grpc.max_allowed_incoming_connections", 10_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    # Beyond the 30 minutes after which an idle client leaves by itself.
+    ("grpc.max_connection_idle_ms", 3_600_000),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # the one that counts, 60 s by default
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -99,6 +117,8 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
         writer = Writer(db, reference, logs, watches, quotes)
         stack.push_async_callback(writer.close)
         market_data = MarketDataService(bus, fanout, db, tokens, streams)
+        strategies = StrategyService(reference, watches, tokens, streams)
+        stack.push_async_callback(strategies.close)
         servicers = {
             "MarketDataService": market_data,
             "OptionsService": OptionsService(db, watches, tokens, streams),
@@ -109,6 +129,9 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
             "PortfolioService": PortfolioService(
                 db, reference, quotes, watches, tokens, streams, order_drifts
             ),
+            "AuditService": AuditService(reference, tokens),
+            "StrategyService": strategies,
+            "ConfigurationService": ConfigurationService(reference, tokens),
             "AdminService": AdminService(
                 db, reference, bus, _tasks(), pending_day_count
             ),
@@ -117,6 +140,7 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
         server = grpc.aio.server(
             interceptors=[Interceptor(errors_to_status(_translate))],
             options=[*OPTIONS, ("grpc.so_reuseport", int(share_port))],
+            maximum_concurrent_rpcs=settings.max_streams + CALLS,
         )
         health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -126,7 +150,11 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
         names += ["grpc.health.v1.Health", reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, server)
 
-        pings: dict[str, Check] = {"bus": bus.ping, "db": db.ping}
+        pings: dict[str, Check] = {
+            "bus": bus.ping,
+            "db": db.ping,
+            "reference": reference.ping,
+        }
         checks = {
             f"{PACKAGE}.{name}": [pings[need] for need in needs]
             for name, needs in NEEDS.items()
@@ -134,7 +162,7 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
         checks[""] = list(pings.values())
         work = (market_data.run(), watches.run(), logs.run(), writer.run())
         await stack.enter_async_context(_background(*work, health.follow(checks)))
-        address = _bind(server, settings.listen)
+        address = _bind(server, settings)
         await server.start()
         try:
             yield address
@@ -162,8 +190,9 @@ async def recording(settings: Settings) -> AsyncIterator[None]:
         )
         snapshots = Snapshots(db, reference, quotes)
         stack.push_async_callback(snapshots.close)
-        work = (recorder.run(), maintenance.run(), logs.run(), *expiry, snapshots.run())
-        await stack.enter_async_context(_background(*work))
+        audit = [Transcriber(db, reference, log).run() for log in LOGS]
+        work = (recorder.run(), maintenance.run(), logs.run(), snapshots.run())
+        await stack.enter_async_context(_background(*work, *expiry, *audit))
         yield
 
 
@@ -221,12 +250,18 @@ def _translate(error: Exception) -> QuantplaneError | None:
     return refusal(error)
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> str:
-    host = listen.rpartition(":")[0]
+def _bind(server: grpc.aio.Server, settings: Settings) -> str:
+    listen, files = settings.listen, settings.tls()
+    credentials = Certificates(*files).credentials() if files else None
     try:
-        port = server.add_insecure_port(listen)
+        if credentials:
+            port = server.add_secure_port(listen, credentials)
+        else:
+            port = server.add_insecure_port(listen)
     except RuntimeError as error:
         raise RuntimeError(
             f"can't listen on {listen}: it must be HOST:PORT, and the port free"
         ) from error
-    return f"{host}:{port}"
+    if listen.startswith("unix"):
+        return listen
+    return f"{listen.rpartition(':')[0]}:{port}"

@@ -151,7 +151,7 @@ async def test_another_revision_is_refused(source: Source, dsn: str, tmp_path: P
         tmp_path / "patched",
         lambda m: m["databases"]["timeseries"]["revisions"].update(timeseries="0001"),
     )
-    await refused(file, dsn, "schema is at 0001 and the target's at 0003")
+    await refused(file, dsn, "schema is at 0001 and the target's at 0004")
 
 
 async def test_a_part_goes_to_another_edition(

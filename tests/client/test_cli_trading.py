@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from quantplane import v1 as pb
 from quantplane.cli import app
 from quantplane.ids import new_id
+from tests.client.commands import WAIT_S, cells, interrupt, invoke, lines_of
 from tests.client.test_cli import COMMAND, NOWHERE, running
 from tests.orders import (
     BUY,
@@ -28,48 +29,6 @@ from tests.orders import (
     report,
     submit,
 )
-
-WAIT_S = 30
-
-
-async def invoke(target, *arguments):
-    """Run the command in this process, which is quicker than a new one."""
-    runner = CliRunner(env={"QUANTPLANE_TARGET": target})
-    words = [str(argument) for argument in arguments]
-    result = await asyncio.to_thread(runner.invoke, app, words)
-    assert isinstance(result.exception, SystemExit | None), result.exception
-    return result
-
-
-@pytest.fixture
-def call(server):
-    """Run a command that must succeed; give its lines on stdout, or as messages."""
-
-    async def call(*arguments, kind=None):
-        done = await invoke(server.target, *arguments, *(["--json"] if kind else []))
-        assert done.exit_code == 0, done.stderr
-        lines = done.stdout.splitlines()
-        return [Parse(line, kind()) for line in lines] if kind else lines
-
-    return call
-
-
-def cells(line):
-    return [cell.strip() for cell in line.split("  ") if cell.strip()]
-
-
-async def lines_of(process, count):
-    async with asyncio.timeout(WAIT_S):
-        return [(await process.stdout.readline()).decode() for _ in range(count)]
-
-
-async def interrupt(process):
-    """End the command by Ctrl-C; return what it printed on the way."""
-    process.send_signal(signal.SIGINT)
-    out, err = await process.communicate()
-    assert process.returncode == 130
-    return out.decode(), err.decode()
-
 
 # --- without a server ---------------------------------------------------------
 

@@ -10,7 +10,7 @@ import pytest
 from quantplane import Client
 from quantplane import v1 as pb
 from quantplane_server.orders.expiry import last_end
-from quantplane_server.reference.configuration import SESSION_END
+from quantplane_server.reference.settings import SESSION_END
 from tests.conftest import Server, both_editions
 from tests.orders import (
     book,

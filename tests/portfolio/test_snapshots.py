@@ -163,6 +163,17 @@ async def test_one_of_all_processes_takes_them(dsn: str, busy: Desk):
             assert second.taken >= 1
 
 
+async def test_a_shorter_interval_holds_at_once(
+    dsn: str, busy: Desk, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(snapshots, "LOOK_S", 0.02)
+    await busy.execute("UPDATE configurations SET value = '86400'")
+    async with process(dsn):
+        await grown(busy, 1)
+        await busy.execute("UPDATE configurations SET value = '1'")
+        await grown(busy, 1)
+
+
 async def test_they_go_on_when_the_database_was_away(dsn: str, busy: Desk):
     async with process(dsn):
         await grown(busy, 1)

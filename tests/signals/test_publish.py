@@ -16,8 +16,13 @@ from quantplane_server.config import Settings
 from quantplane_server.constraints import ONCE, RULES
 from quantplane_server.db import Database
 from quantplane_server.main import serving
-from quantplane_server.signals.checks import EMPTY, EXPIRATION
-from quantplane_server.signals.metadata import MAX_BYTES, MAX_DEPTH, METADATA
+from quantplane_server.signals.checks import (
+    EMPTY,
+    EXPIRATION,
+    MAX_METADATA_BYTES,
+    METADATA,
+)
+from quantplane_server.structs import MAX_DEPTH
 from tests.admin import connected, vanish
 from tests.conftest import both_editions
 from tests.signals import (
@@ -298,7 +303,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("metadata", {"a": "\0"}, METADATA),
     ("metadata", {"a": {"\0": 1}}, METADATA),
     ("metadata", valueless, METADATA),
-    ("metadata", sized(MAX_BYTES + 1), METADATA),
+    ("metadata", sized(MAX_METADATA_BYTES + 1), METADATA),
     ("metadata", nested(MAX_DEPTH + 1), METADATA),
     ("metadata", nested(MAX_DEPTH + 1, MAX_DEPTH), METADATA),
     ("metadata", nested(MAX_DEPTH + 1, 4), METADATA),
@@ -320,7 +325,7 @@ GOOD: list[tuple[str, Any]] = [
     ("time", ahead(86_380)),
     ("expiration", timed("expiration", MICRO)),
     ("expiration", timed("expiration", "9999-12-31T23:59:59.999999Z")),
-    ("metadata", sized(MAX_BYTES)),
+    ("metadata", sized(MAX_METADATA_BYTES)),
     ("metadata", nested(MAX_DEPTH)),
     ("metadata", nested(MAX_DEPTH, 5)),
     ("metadata", {"a": "\\u0000", "": None}),

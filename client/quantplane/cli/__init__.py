@@ -8,7 +8,8 @@ except ModuleNotFoundError:
     sys.exit("the command quantplane needs typer: pip install 'quantplane[cli]'")
 
 # What takes long to import is imported where it is used, so that --help is quick.
-from quantplane.cli import orders, portfolio, signals
+from quantplane.cli import configurations, orders, portfolio, signals, strategies
+from quantplane.cli.audit import audit
 from quantplane.cli.importing import (
     Tally,
     import_bars,
@@ -31,7 +32,8 @@ def _group(name: str, text: str) -> typer.Typer:
 
 
 app = typer.Typer(
-    help="The market data, signals, orders and portfolio of a quantplane server.",
+    help="The market data, strategies, signals, orders and portfolio of a quantplane "
+    "server.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -66,3 +68,16 @@ portfolio_app.callback(invoke_without_command=True)(portfolio.portfolio)
 portfolio_app.command("snapshots")(portfolio.snapshots)
 portfolio_app.command("audit")(portfolio.audit)
 app.add_typer(portfolio_app, name="portfolio")
+strategies_app = _group("strategies", "Create, change, list and watch strategies.")
+strategies_app.command("list")(strategies.list_strategies)
+strategies_app.command("show")(strategies.show_strategy)
+strategies_app.command("create")(strategies.create)
+strategies_app.command("update")(strategies.update)
+strategies_app.command("delete")(strategies.delete)
+strategies_app.command("watch")(strategies.watch_strategies)
+config_app = _group("config", "What the servers and the desk keep under keys.")
+config_app.command("list")(configurations.list_configurations)
+config_app.command("get")(configurations.get)
+config_app.command("set")(configurations.set_value)
+config_app.command("delete")(configurations.delete)
+app.command()(audit)

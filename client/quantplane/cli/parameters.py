@@ -3,15 +3,17 @@
 import re
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import typer
 
 if TYPE_CHECKING:
+    from google.protobuf.struct_pb2 import Struct, Value
     from google.protobuf.timestamp_pb2 import Timestamp
 
 INTERVALS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+MAX_JSON = 1_000_000  # characters of a file; a server takes less
 LENGTH = re.compile("([0-9]{1,9})([smhdw])")
 
 TargetOption = Annotated[
@@ -141,8 +143,8 @@ def bounds_of(text: str | None, option: str) -> tuple[float | None, float | None
     return low, high
 
 
-def moment_of(text: str | None, option: str) -> "Timestamp | None":
-    """Return an ISO time, or of 5m the time in so long."""
+def moment_of(text: str | None, option: str, ago: bool = False) -> "Timestamp | None":
+    """Return an ISO time, or of 5m the time in so long, or so long ago."""
     from google.protobuf.timestamp_pb2 import Timestamp
 
     if text is None or not LENGTH.fullmatch(text):
@@ -150,7 +152,8 @@ def moment_of(text: str | None, option: str) -> "Timestamp | None":
     time = Timestamp()
     time.GetCurrentTime()
     try:
-        time.FromSeconds(time.seconds + interval_s(text))
+        length_s = interval_s(text)
+        time.FromSeconds(time.seconds + (-length_s if ago else length_s))
     except ValueError:
         raise typer.BadParameter(
             f"{text!r} is beyond all calendars", param_hint=option
@@ -179,6 +182,55 @@ def order_of(text: str) -> dict[str, Any]:
         key = pb.ClientOrderId(strategy_id=strategy, client_order_id=name)
         return {"client_order_id": key}
     return {"order_id": id_of(text, "ORDER", "an order id or STRATEGY/CLIENT_ORDER_ID")}
+
+
+def value_of(text: str, parameter: str) -> "Value":
+    """Return JSON, or text where it is none."""
+    from google.protobuf.json_format import Error, MessageToDict, ParseDict
+    from google.protobuf.struct_pb2 import Value
+
+    from quantplane.tables import parse_value
+
+    value = Value()
+    try:
+        parsed = parse_value(text)
+        ParseDict(parsed, value)
+        exact = MessageToDict(value) == parsed
+    except (Error, ValueError, OverflowError, RecursionError):
+        exact = False
+    if not exact:
+        raise typer.BadParameter(
+            "a number in it can't be kept exactly, or it is nested too deeply",
+            param_hint=parameter,
+        )
+    return value
+
+
+def entries_of(texts: list[str] | None, option: str) -> "dict[str, Value | None]":
+    """Return the values of KEY=VALUE; None of KEY=, which is to be removed."""
+    entries = {}
+    for text in texts or []:
+        key, given, value = text.partition("=")
+        if not (key and given):
+            raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint=option)
+        entries[key] = value_of(value, option) if value else None
+    return entries
+
+
+def struct_of(file: IO[str], option: str) -> "Struct":
+    """Return the JSON object that a file holds."""
+    try:
+        text = file.read(MAX_JSON + 1)
+    except ValueError:
+        text = ""  # not UTF-8
+    if len(text) > MAX_JSON:
+        raise typer.BadParameter(
+            f"the file has more than {MAX_JSON:,} characters", param_hint=option
+        )
+    value = value_of(text, option)
+    if not value.HasField("struct_value"):
+        raise typer.BadParameter("the file is no JSON object", param_hint=option)
+    return value.struct_value
 
 
 def id_of(text: str, parameter: str, what: str) -> str:

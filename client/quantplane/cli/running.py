@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from quantplane.client import Client
 
+# What keeps a connection from being made is told in words of ours.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130  # exit codes
 PROBE_S = 5.0
 
@@ -66,13 +69,16 @@ def in_words(target: str | None) -> Iterator[None]:
     from quantplane.client import TARGET
     from quantplane.errors import describe
     from quantplane.files import FileProblem
+    from quantplane.tls import TlsProblem, explain
 
     try:
         yield
-    except FileProblem as problem:
+    except (FileProblem, TlsProblem) as problem:
         fail(str(problem), UNUSABLE)
     except grpc.aio.AioRpcError as error:
         if _is_away(error):
+            if why := explain(error):
+                fail(f"there is no talking to {target or TARGET}: {why}")
             fail(
                 f"no server answers at {target or TARGET}; "
                 "start one with `quantplane-server up`, or set --target"
@@ -84,6 +90,21 @@ def in_words(target: str | None) -> Iterator[None]:
         # The reader has what it wants. Python must not flush into the pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit from None
+
+
+@contextmanager
+def hinting(**hints: str) -> Iterator[None]:
+    """Add to a server's error what to do about it, by its reason."""
+    import grpc
+
+    from quantplane.errors import reason_of
+
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        if hint := hints.get(reason_of(error)):
+            error.add_note(hint)
+        raise
 
 
 def fail(sentence: str, code: int = FAILED) -> NoReturn:

@@ -1,5 +1,10 @@
 """What the command line prints: messages of the contract, as text."""
 
+from quantplane.tables.audit import print_audit_logs
+from quantplane.tables.configurations import (
+    print_configuration,
+    print_configurations,
+)
 from quantplane.tables.market_data import (
     BarRow,
     BarWriter,
@@ -34,6 +39,11 @@ from quantplane.tables.portfolio import (
     print_portfolio,
 )
 from quantplane.tables.signals import print_signals, signal_line
+from quantplane.tables.strategies import (
+    StrategyLines,
+    print_strategies,
+    print_strategy,
+)
 from quantplane.tables.text import (
     brief,
     event_lines,
@@ -46,6 +56,7 @@ from quantplane.tables.text import (
     word,
     words,
 )
+from quantplane.tables.values import differences, parse_value, value_text
 
 __all__ = [
     "BarRow",
@@ -53,6 +64,7 @@ __all__ = [
     "ContractRow",
     "CsvBars",
     "JsonBars",
+    "StrategyLines",
     "TableBars",
     "TableSnapshots",
     "bar_rows",
@@ -60,6 +72,7 @@ __all__ = [
     "contract_json",
     "contract_line",
     "contract_rows",
+    "differences",
     "event_lines",
     "expiration_json",
     "iso",
@@ -68,9 +81,13 @@ __all__ = [
     "money",
     "number",
     "order_line",
+    "parse_value",
     "portfolio_line",
     "portfolio_view",
+    "print_audit_logs",
     "print_chain",
+    "print_configuration",
+    "print_configurations",
     "print_drifts",
     "print_executions",
     "print_expirations",
@@ -78,11 +95,14 @@ __all__ = [
     "print_orders",
     "print_portfolio",
     "print_signals",
+    "print_strategies",
+    "print_strategy",
     "print_symbols",
     "printable",
     "quote_json",
     "quote_line",
     "signal_line",
+    "value_text",
     "word",
     "words",
 ]

@@ -19,12 +19,16 @@ Cell: "TypeAlias" = "str | Text"
 END_ROWS = 20
 PIPE_WIDTH = 10_000  # more than any row has
 SEPARATOR = 3  # characters between two columns
-WRAPPED = {"note": 30}  # characters that are room enough for it
+# Characters that are room enough for a column.
+WRAPPED = {"note": 30, "description": 30, "limits": 30, "change": 40}
+LABEL = 12  # characters of what stands before a detail
 
 TEXTS = {
     *("symbol", "time", "first", "last", "expiration", "order", "strategy"),
     *("client id", "signal", "side", "type", "status", "tif", "note", "venue"),
     *("key", "column", "opened by", "marked", "expires"),
+    *("name", "symbols", "limits", "updated", "setting", "set", "by", "description"),
+    *("who", "from", "action", "resource", "change"),
 }  # whose columns begin at the left
 
 
@@ -122,6 +126,13 @@ def print_rows(
     dispensable: Iterable[str] = (),
 ) -> None:
     print_table(out, fitted(rows, room_of(out), dispensable))
+
+
+def print_details(out: IO[str], details: Iterable[tuple[str, str]]) -> None:
+    """Print what is known of one thing, a line for each part of it."""
+    for label, text in details:
+        if text:
+            print(f"{label:<{LABEL}} {printable(text)}", file=out)
 
 
 def print_table(out: IO[str], table: "RenderableType") -> None:

@@ -88,11 +88,17 @@ def message_json(message: Message) -> str:
     )
 
 
-def event_lines(event: pb.StreamEvent) -> Iterator[str]:
-    """Yield what a person who watches a stream should know of this event."""
+def event_lines(
+    event: pb.StreamEvent,
+    no_data: str = "nothing was published yet; is the symbol right?",
+) -> Iterator[str]:
+    """Yield what a person who watches a stream should know of this event.
+
+    `no_data` is said of a key that there is nothing of.
+    """
     for key in event.subscribed.keys:
         if key.state == pb.KEY_STATE_NO_DATA:
-            yield f"{key.key}: nothing was published yet; is the symbol right?"
+            yield f"{key.key}: {no_data}"
     if event.HasField("gap"):
         cause = pb.GapCause.Name(event.gap.cause).removeprefix("GAP_CAUSE_").lower()
         start = iso(event.gap.start_time) if event.gap.HasField("start_time") else "?"

@@ -3,8 +3,12 @@
 from quantplane.v1.admin_pb2 import *  # noqa: F403
 from quantplane.v1.admin_pb2_grpc import *  # noqa: F403
 from quantplane.v1.annotations_pb2 import *  # noqa: F403
+from quantplane.v1.audit_pb2 import *  # noqa: F403
+from quantplane.v1.audit_pb2_grpc import *  # noqa: F403
 from quantplane.v1.broker_pb2 import *  # noqa: F403
 from quantplane.v1.broker_pb2_grpc import *  # noqa: F403
+from quantplane.v1.configurations_pb2 import *  # noqa: F403
+from quantplane.v1.configurations_pb2_grpc import *  # noqa: F403
 from quantplane.v1.errors_pb2 import *  # noqa: F403
 from quantplane.v1.market_data_pb2 import *  # noqa: F403
 from quantplane.v1.market_data_pb2_grpc import *  # noqa: F403
@@ -18,4 +22,6 @@ from quantplane.v1.portfolio_pb2 import *  # noqa: F403
 from quantplane.v1.portfolio_pb2_grpc import *  # noqa: F403
 from quantplane.v1.signals_pb2 import *  # noqa: F403
 from quantplane.v1.signals_pb2_grpc import *  # noqa: F403
+from quantplane.v1.strategies_pb2 import *  # noqa: F403
+from quantplane.v1.strategies_pb2_grpc import *  # noqa: F403
 from quantplane.v1.stream_pb2 import *  # noqa: F403

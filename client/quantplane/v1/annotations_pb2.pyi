@@ -29,7 +29,9 @@ class Permission(_message.Message):
     resource: _builtins.str
     """The resource of the `permissions` table, for example "market_data"."""
     action: _builtins.str
-    """The action on it: "read", "publish", "create" or "update"."""
+    """The action on it: "read", "publish", "create", "update" or
+    "delete".
+    """
     def __init__(
         self,
         *,

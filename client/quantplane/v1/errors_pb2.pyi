@@ -120,6 +120,18 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED. More calls wait than the server holds (metadata.limit).
     Retry with back-off, or add a server.
     """
+    ERROR_REASON_UNKNOWN_STRATEGY: _ErrorReason.ValueType  # 24
+    """NOT_FOUND. There is no such strategy (metadata.strategy_id). Create it, or
+    correct the id; ListStrategies has all.
+    """
+    ERROR_REASON_UNKNOWN_CONFIGURATION: _ErrorReason.ValueType  # 25
+    """NOT_FOUND. The key is not set (metadata.key). Create it, or correct the key;
+    ListConfigurations has all.
+    """
+    ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 26
+    """ABORTED. What the etag was read of has changed since (metadata.etag is the
+    etag now; empty: it is gone). Read it again and decide anew.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused: the `reason` of the google.rpc.ErrorInfo that comes
@@ -224,5 +236,17 @@ wrong before reporting it again.
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 23
 """RESOURCE_EXHAUSTED. More calls wait than the server holds (metadata.limit).
 Retry with back-off, or add a server.
+"""
+ERROR_REASON_UNKNOWN_STRATEGY: ErrorReason.ValueType  # 24
+"""NOT_FOUND. There is no such strategy (metadata.strategy_id). Create it, or
+correct the id; ListStrategies has all.
+"""
+ERROR_REASON_UNKNOWN_CONFIGURATION: ErrorReason.ValueType  # 25
+"""NOT_FOUND. The key is not set (metadata.key). Create it, or correct the key;
+ListConfigurations has all.
+"""
+ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 26
+"""ABORTED. What the etag was read of has changed since (metadata.etag is the
+etag now; empty: it is gone). Read it again and decide anew.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -6,6 +6,7 @@ others go on.
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -238,11 +239,17 @@ async def _privileges(site: Site) -> list[Finding]:
     findings = []
     if missing:
         told = (f"{name} ({', '.join(what)})" for name, what in missing.items())
+        tables = defaultdict[str, list[str]](list)
+        for name, what in missing.items():
+            tables[", ".join(what)].append(name)
+        grants = (
+            f"GRANT {what} ON {', '.join(names)} TO {user}"
+            for what, names in tables.items()
+        )
         findings.append(
             fail(
                 f"{site.server.user} lacks {', '.join(told)}",
-                "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"
-                f" TO {user}",
+                "; ".join(grants),
             )
         )
     if not temporary:

@@ -50,7 +50,8 @@ async def backup(
         async with AsyncExitStack() as stack:
             sources = {
                 name: await stack.enter_async_context(_snapshot(dsn))
-                for name, dsn in dsns.items()
+                # The audit log first: it tells only what the event log has, then.
+                for name, dsn in sorted(dsns.items())
             }
             manifest = Manifest(
                 created_at=datetime.now(UTC), whole=not tables, databases={}

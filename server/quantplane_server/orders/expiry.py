@@ -11,7 +11,7 @@ from quantplane_server.orders import queries
 from quantplane_server.orders.commands import Change
 from quantplane_server.orders.streams import SERVER
 from quantplane_server.orders.writer import Writer
-from quantplane_server.reference.configuration import (
+from quantplane_server.reference.settings import (
     SESSION_END,
     SessionEnd,
     configured,

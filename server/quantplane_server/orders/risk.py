@@ -17,14 +17,15 @@ from typing import Any, Literal, NamedTuple
 
 from quantplane import v1 as pb
 from quantplane_server.orders.queries import Working
-
-NUMBERS = (
-    "max_order_quantity",
-    "max_order_notional",
-    "max_position",
-    "max_open_orders",
+from quantplane_server.reference.limits import (
+    ALLOWED_SYMBOLS,
+    MAX_OPEN_ORDERS,
+    MAX_ORDER_NOTIONAL,
+    MAX_ORDER_QUANTITY,
+    MAX_POSITION,
+    NUMBERS,
 )
-LIMITS = (*NUMBERS, "allowed_symbols")
+
 PREFIX = "RISK_"
 
 Limits = Mapping[str, Any]
@@ -71,11 +72,11 @@ class Exposure:
 
 
 def needs_price(limits: Limits) -> bool:
-    return "max_order_notional" in limits
+    return MAX_ORDER_NOTIONAL in limits
 
 
 def needs_exposure(limits: Limits) -> bool:
-    return "max_position" in limits or "max_open_orders" in limits
+    return MAX_POSITION in limits or MAX_OPEN_ORDERS in limits
 
 
 def price_of(
@@ -110,26 +111,26 @@ def breach(
     for limit in NUMBERS:
         if limit in limits and not _is_limit(limits[limit]):
             return Breach(limit, f"the limit is no number: {limits[limit]!r}")
-    allowed = limits.get("allowed_symbols")
+    allowed = limits.get(ALLOWED_SYMBOLS)
     if allowed is not None and not isinstance(allowed, list):
-        return Breach("allowed_symbols", f"the limit is no list: {allowed!r}")
+        return Breach(ALLOWED_SYMBOLS, f"the limit is no list: {allowed!r}")
     if allowed is not None and order.symbol not in allowed:
-        return Breach("allowed_symbols", f"{order.symbol} is not among them")
-    if _above(terms.quantity, limits, "max_order_quantity"):
-        return _beyond("max_order_quantity", terms.quantity, limits)
-    if "max_order_notional" in limits:
+        return Breach(ALLOWED_SYMBOLS, f"{order.symbol} is not among them")
+    if _above(terms.quantity, limits, MAX_ORDER_QUANTITY):
+        return _beyond(MAX_ORDER_QUANTITY, terms.quantity, limits)
+    if MAX_ORDER_NOTIONAL in limits:
         if price is None:
-            return Breach("max_order_notional", "there is no price to check it at")
+            return Breach(MAX_ORDER_NOTIONAL, "there is no price to check it at")
         notional = abs(terms.quantity * price)
-        if _above(notional, limits, "max_order_notional"):
-            return _beyond("max_order_notional", notional, limits)
+        if _above(notional, limits, MAX_ORDER_NOTIONAL):
+            return _beyond(MAX_ORDER_NOTIONAL, notional, limits)
     grown = terms.quantity if more is None else more
     worst = exposure.worst(order) + grown
-    if grown > 0 and _above(worst, limits, "max_position"):
-        return _beyond("max_position", worst, limits)
+    if grown > 0 and _above(worst, limits, MAX_POSITION):
+        return _beyond(MAX_POSITION, worst, limits)
     count = exposure.live(order.strategy_id) + 1
-    if more is None and _above(count, limits, "max_open_orders"):
-        return _beyond("max_open_orders", count, limits)
+    if more is None and _above(count, limits, MAX_OPEN_ORDERS):
+        return _beyond(MAX_OPEN_ORDERS, count, limits)
     return None
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 
 from quantplane import v1 as pb
 from quantplane_server import bus as buses
@@ -9,10 +10,11 @@ from quantplane_server import db as databases
 from quantplane_server.db import Database
 from quantplane_server.portfolio import queries
 from quantplane_server.portfolio.valuation import LatestQuotes, Valuation
-from quantplane_server.reference.configuration import SNAPSHOT_INTERVAL, configured
+from quantplane_server.reference.settings import SNAPSHOT_INTERVAL, configured
 
 logger = logging.getLogger(__name__)
 
+LOOK_S = 1.0  # between two looks at the interval, which may be changed
 RETRY_S = 5.0  # before who does not take snapshots asks whether he may
 LAST_S = 2.0  # for the last one
 UNAVAILABLE = (*databases.UNAVAILABLE, *buses.UNAVAILABLE)
@@ -31,23 +33,30 @@ class Snapshots:
     async def run(self) -> None:
         """Take them at the configured interval, or wait until no other process does.
 
-        Until cancelled. The interval is read after each snapshot. Who has lost the
-        session that holds the lock may take one beside another's.
+        Until cancelled. Who has lost the session that holds the lock may take one
+        beside another's.
         """
         while True:
             try:
                 async with self._db.session() as session:
                     while await queries.claim_snapshots(session):
                         await self.take()
-                        interval_s = await configured(
-                            self._reference, SNAPSHOT_INTERVAL
-                        )
-                        await asyncio.sleep(interval_s)
+                        await self._rest()
             except UNAVAILABLE as error:
                 logger.warning("snapshots paused, trying again: %r", error)
             except Exception:
                 logger.exception("taking snapshots failed, trying again")
             await asyncio.sleep(RETRY_S)
+
+    async def _rest(self) -> None:
+        """Return once the interval has passed, as it is configured by then."""
+        began = time.monotonic()
+        while True:
+            interval_s = await configured(self._reference, SNAPSHOT_INTERVAL)
+            left_s = began + interval_s - time.monotonic()
+            if left_s <= 0:
+                return
+            await asyncio.sleep(min(left_s, LOOK_S))
 
     async def close(self) -> None:
         """Take the last one, if that can be done at once."""

@@ -12,7 +12,7 @@ from quantplane_server.db import Database
 from quantplane_server.errors import ResultTooLarge
 from quantplane_server.portfolio import queries
 from quantplane_server.portfolio.queries import Totals
-from quantplane_server.reference.configuration import INITIAL_CASH, configured
+from quantplane_server.reference.settings import INITIAL_CASH, configured
 
 LatestQuotes: TypeAlias = Callable[[Iterable[str]], Awaitable[Mapping[str, pb.Quote]]]
 

@@ -8,6 +8,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
+from quantplane.tls import explain, open_channel
+
 logger = logging.getLogger(__name__)
 
 CHECK_S = 1.0
@@ -43,11 +45,17 @@ async def _all_answer(checks: list[Check]) -> bool:
 
 async def check(target: str) -> str:
     """Return what the server at `target` says of itself, or UNREACHABLE."""
-    request = health_pb2.HealthCheckRequest()
-    async with grpc.aio.insecure_channel(target) as channel:
-        try:
-            stub = health_pb2_grpc.HealthStub(channel)
-            response = await stub.Check(request, timeout=CHECK_S)
-        except grpc.aio.AioRpcError:
-            return "UNREACHABLE"
+    try:
+        return await ask(target)
+    except grpc.aio.AioRpcError as error:
+        if why := explain(error):
+            logger.warning("%s: %s", target, why)
+        return "UNREACHABLE"
+
+
+async def ask(target: str) -> str:
+    """Return what the server at `target` says of itself. Raises AioRpcError."""
+    async with open_channel(target) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        response = await stub.Check(health_pb2.HealthCheckRequest(), timeout=CHECK_S)
     return str(Status.ServingStatus.Name(response.status))

@@ -1,24 +1,26 @@
 """What servers read from the table of configurations."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from quantplane_server.db import Database
-from quantplane_server.reference.configuration import (
+from quantplane_server.reference.settings import (
     INITIAL_CASH,
     SESSION_END,
+    SETTINGS,
     SNAPSHOT_INTERVAL,
     Setting,
     configured,
 )
 from tests.orders.test_expiry import configure
 
-SETTINGS = (INITIAL_CASH, SNAPSHOT_INTERVAL, SESSION_END)
+DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda each: each.key)
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=lambda each: each.key)
 async def test_a_key_that_is_not_set_has_its_default(dsn: str, setting: Setting[Any]):
     db = await Database.open(dsn)
     assert await configured(db, setting) == setting.default
@@ -62,3 +64,12 @@ async def test_a_value_that_can_t_be_used_is_as_if_not_set_and_is_logged(
     assert await configured(db, setting) == setting.default
     await db.close()
     assert value is None or setting.key in caplog.text
+
+
+def test_the_docs_have_a_row_for_each_setting():
+    table = [line for line in DOCS.read_text().splitlines() if line.startswith("| `")]
+    assert table == [
+        f"| `{each.key}` | {each.type} | `{json.dumps(each.default)}`"
+        f" | {each.description} |"
+        for each in SETTINGS.values()
+    ]

@@ -1,0 +1,70 @@
+"""AuditService: who changed what, and when."""
+
+from collections.abc import AsyncIterator
+from struct import Struct
+
+from quantplane import v1 as pb
+from quantplane.v1 import audit_pb2_grpc as rpc
+from quantplane_server.audit import checks, queries
+from quantplane_server.audit.queries import Place
+from quantplane_server.checks import FIRST, LAST, time_given, time_us, to_datetime
+from quantplane_server.db import Database
+from quantplane_server.rpc.interceptor import Context
+from quantplane_server.tokens import Tokens, purpose
+
+PAGE = 100  # where a request names no page_size
+MAX_PAGE_BYTES = 3_500_000  # a message must stay below 4 MiB
+
+_PACKED = Struct("!qq")  # microseconds, and the id
+
+
+class AuditService(rpc.AuditServiceServicer):
+    """Entries are read here; whoever changes something enters it."""
+
+    def __init__(self, reference: Database, tokens: Tokens) -> None:
+        self._reference = reference
+        self._tokens = tokens
+
+    async def ListAuditLogs(
+        self, request: pb.ListAuditLogsRequest, context: Context
+    ) -> pb.ListAuditLogsResponse:
+        checks.check_list(request)
+        start = time_given(request, "start_time", FIRST)
+        place = self._place(request)
+        limit = request.page_size or PAGE
+        async with self._reference.transaction(readonly=True) as conn:
+            rows = queries.rows_before(conn, request, start, place, limit + 1)
+            page, more = await _page(rows, limit)
+        response = pb.ListAuditLogsResponse(audit_logs=page)
+        if more:
+            response.next_page_token = self._token_behind(request, page[-1])
+        return response
+
+    def _place(self, request: pb.ListAuditLogsRequest) -> Place:
+        """Return behind which place a page begins. Raises InvalidPageToken."""
+        if not request.page_token:
+            return time_given(request, "end_time", LAST), 0
+        payload = self._tokens.open_page(_list(request), request.page_token)
+        stamp_us, log_id = _PACKED.unpack(payload)
+        return to_datetime(stamp_us), log_id
+
+    def _token_behind(self, request: pb.ListAuditLogsRequest, last: pb.AuditLog) -> str:
+        payload = _PACKED.pack(time_us(last.time), last.log_id)
+        return self._tokens.page_token(_list(request), payload)
+
+
+def _list(request: pb.ListAuditLogsRequest) -> bytes:
+    return purpose(request, "page_token", "page_size")
+
+
+async def _page(
+    rows: AsyncIterator[pb.AuditLog], limit: int
+) -> tuple[list[pb.AuditLog], bool]:
+    """Return the entries that fit a page, one at least, and whether more follow."""
+    page, size = list[pb.AuditLog](), 0
+    async for entry in rows:
+        size += entry.ByteSize()
+        if page and (len(page) == limit or size > MAX_PAGE_BYTES):
+            return page, True
+        page.append(entry)
+    return page, False

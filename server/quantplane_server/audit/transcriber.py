@@ -1,0 +1,111 @@
+"""What happens to orders and signals is entered in the audit log, from their logs.
+
+How far a log is entered is a row in the database of the audit log, moved in the
+transaction that enters what lies before it. Any number of processes may transcribe a
+log: who finds the row moved by another leaves its page to it.
+"""
+
+import asyncio
+import logging
+
+from quantplane import v1 as pb
+from quantplane_server import db as databases
+from quantplane_server.audit import queries
+from quantplane_server.audit.events import MAKE
+from quantplane_server.audit.queries import Entry
+from quantplane_server.db import Connection, Database
+from quantplane_server.errors import Compacted
+from quantplane_server.log import (
+    NOTHING,
+    PAGE,
+    PAGE_BYTES,
+    START,
+    Position,
+    check_of,
+    read,
+)
+from quantplane_server.rpc.caller import Caller
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 1.0
+
+
+class Transcriber:
+    """Enters the events of one log, each once, within about a second."""
+
+    def __init__(self, db: Database, reference: Database, log: str) -> None:
+        self._db = db
+        self._reference = reference
+        self._log = log
+        self._failure: type[Exception] | None = None  # that was told
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        while True:
+            try:
+                while await self._enter_page():
+                    pass
+                self._failure = None
+            except Exception as error:
+                self._tell(error)
+            await asyncio.sleep(POLL_S)
+
+    async def _enter_page(self) -> bool:
+        """Enter what follows, at most a page; return whether there may be more."""
+        async with self._reference.connection() as conn:
+            before = await queries.position(conn, self._log)
+        try:
+            async with self._db.connection() as conn:
+                page = await read(conn, self._log, before)
+        except Compacted as gap:
+            return await self._enter_gap(before, gap)
+        if not page:
+            return False
+        revision, payload = page[-1]
+        through = Position(revision, check_of(payload))
+        async with self._reference.transaction() as conn:
+            if not await queries.move(conn, self._log, before, through):
+                return False
+            make = MAKE[self._log]
+            await queries.enter(conn, [make(entry, number) for number, entry in page])
+        return len(page) == PAGE or sum(len(entry) for _, entry in page) >= PAGE_BYTES
+
+    async def _enter_gap(self, before: Position, gap: Compacted) -> bool:
+        """Go on from the oldest event that is there, and say so."""
+        async with self._db.connection() as conn:
+            start = await _start(conn, self._log, gap)
+        told = {
+            "cause": pb.GapCause.Name(gap.cause).removeprefix("GAP_CAUSE_"),
+            "entered_through": before.revision,
+            "goes_on_from": start.revision + 1,
+        }
+        async with self._reference.transaction() as conn:
+            if not await queries.move(conn, self._log, before, start):
+                return False
+            entry = Entry("gap", "log", self._log, new=told)
+            await queries.record(conn, Caller(), [entry])
+        logger.warning("a gap in the audit log, in the log of %s: %s", self._log, told)
+        return True
+
+    def _tell(self, error: Exception) -> None:
+        """Log a failure, once until it is over."""
+        if type(error) is not self._failure:
+            known = isinstance(error, databases.UNAVAILABLE)
+            logger.warning(
+                "the audit log does not get the log of %s now, trying again: %r",
+                *(self._log, error),
+                exc_info=None if known else error,
+            )
+        self._failure = type(error)
+
+
+async def _start(conn: Connection, log: str, gap: Compacted) -> Position:
+    """Return the position before the oldest event that is there behind a gap."""
+    if gap.cause == pb.GAP_CAUSE_LOG_RESTORED:
+        try:
+            await read(conn, log, START)
+            return START
+        except Compacted as trimmed:
+            gap = trimmed
+    return Position(int(gap.metadata["oldest"]) - 1, NOTHING)
