@@ -32,7 +32,7 @@ STRATEGIES = ("momentum", "pairs", "value")
 QUANTITY = 10.0
 REPEAT_S = 0.05  # before a call whose outcome is unknown is made again
 BATCH = 16  # fills in a call
-ALL = 10_000  # the largest page
+PAGE = 10_000  # the largest
 COMMIT_US = 20_000
 
 TERMINAL = (
@@ -392,19 +392,18 @@ def _is_as_it_should_be(order: pb.Order) -> bool:
 
 async def stored_orders(client: Client) -> dict[str, pb.Order]:
     """Return all orders by their ids; fail if one comes twice."""
-    response = await client.order.ListOrders(pb.ListOrdersRequest(page_size=ALL))
-    assert not response.next_page_token
-    stored = {order.order_id: order for order in response.orders}
-    assert len(stored) == len(response.orders)
+    request = pb.ListOrdersRequest(page_size=PAGE)
+    orders = await listed(client.order.ListOrders, request, "orders")
+    stored = {order.order_id: order for order in orders}
+    assert len(stored) == len(orders)
     return stored
 
 
 async def holds(client: Client, fills: Sequence[pb.ExecutionReport]) -> None:
     """Fail unless exactly these fills are stored, with the positions they give."""
-    request = pb.ListExecutionsRequest(page_size=ALL)
-    response = await client.order.ListExecutions(request)
-    assert not response.next_page_token
-    assert sorted(map(_fact, response.executions)) == sorted(map(_fact, fills))
+    request = pb.ListExecutionsRequest(page_size=PAGE)
+    executions = await listed(client.order.ListExecutions, request, "executions")
+    assert sorted(map(_fact, executions)) == sorted(map(_fact, fills))
     audit = await client.portfolio.AuditPositions(pb.AuditPositionsRequest())
     assert not audit.drifts
     assert audit.n_executions == len(fills)
@@ -417,6 +416,17 @@ async def holds(client: Client, fills: Sequence[pb.ExecutionReport]) -> None:
     found = await client.portfolio.GetPortfolio(pb.GetPortfolioRequest())
     assert {p.symbol: p.quantity for p in found.positions} == bought
     assert found.summary.initial_cash - found.summary.cash == paid
+
+
+async def listed(method: Any, request: Any, field: str) -> list[Any]:
+    """Return what all pages of a list have."""
+    rows: list[Any] = []
+    while True:
+        response = await method(request)
+        rows += getattr(response, field)
+        request.page_token = response.next_page_token
+        if not request.page_token:
+            return rows
 
 
 def _fact(execution: pb.ExecutionReport | pb.Execution) -> Fact:
