@@ -47,6 +47,7 @@ async def _compare(bench: Bench, ours: Any) -> Figure:
             "ms",
             lambda: _timed(bench, ours, target=target),
             lambda: _floor(bench),
+            rounds=5,
         )
 
 
