@@ -32,6 +32,7 @@ ID = "must be a UUID, in lower case with hyphens"
 MAX_AMOUNT = 1e15  # of what is summed and multiplied, so that results stay finite
 AMOUNT = "must be finite and at most 1e15 in magnitude"
 COUNT = "must be at least 0"
+EMPTY = "must be empty: the server sets it"
 
 
 class Checks:
@@ -79,9 +80,9 @@ class Checks:
             ordered = (start.seconds, start.nanos) <= (end.seconds, end.nanos)
             self(ordered, "end_time", "must not lie before start_time")
 
-    def page_size(self, request: Any) -> None:
-        inside = 0 <= request.page_size <= MAX_PAGE
-        self(inside, "page_size", f"must be 0 to {MAX_PAGE:,}")
+    def page_size(self, request: Any, at_most: int = MAX_PAGE) -> None:
+        inside = 0 <= request.page_size <= at_most
+        self(inside, "page_size", f"must be 0 to {at_most:,}")
 
     def heartbeat(self, request: Any) -> None:
         if request.HasField("heartbeat_interval"):

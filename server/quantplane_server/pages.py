@@ -11,7 +11,7 @@ from uuid import UUID
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from quantplane_server.checks import FIRST, LAST, time_given, time_us, to_datetime
-from quantplane_server.tokens import Tokens, purpose
+from quantplane_server.tokens import Tokens, list_purpose
 
 Place: TypeAlias = tuple[datetime, UUID]  # the time and the id of what is listed
 
@@ -29,7 +29,7 @@ def begin(tokens: Tokens, request: Any) -> tuple[datetime, Place]:
     start = time_given(request, "start_time", FIRST)
     if not request.page_token:
         return start, (time_given(request, "end_time", LAST), LAST_ID)
-    payload = tokens.open_page(_list(request), request.page_token)
+    payload = tokens.open_page(list_purpose(request), request.page_token)
     stamp_us, id = _PACKED.unpack(payload)
     return start, (to_datetime(stamp_us), UUID(bytes=id))
 
@@ -37,8 +37,4 @@ def begin(tokens: Tokens, request: Any) -> tuple[datetime, Place]:
 def token_behind(tokens: Tokens, request: Any, time: Timestamp, id: str) -> str:
     """Return the token of the page behind the one that ends with this place."""
     payload = _PACKED.pack(time_us(time), UUID(id).bytes)
-    return tokens.page_token(_list(request), payload)
-
-
-def _list(request: Any) -> bytes:
-    return purpose(request, "page_token", "page_size")
+    return tokens.page_token(list_purpose(request), payload)

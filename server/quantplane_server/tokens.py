@@ -59,6 +59,11 @@ class Tokens:
         return hmac.digest(self._key, head + purpose + payload, "sha256")[:MAC_BYTES]
 
 
+def list_purpose(request: Any) -> bytes:
+    """Return what the page tokens of a list depend on: all but where a page lies."""
+    return purpose(request, "page_token", "page_size")
+
+
 def purpose(request: Any, *free: str) -> bytes:
     """Return what a token depends on: the request without some fields."""
     terms = type(request)()

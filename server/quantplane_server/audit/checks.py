@@ -21,8 +21,7 @@ def check_list(request: pb.ListAuditLogsRequest) -> None:
                 else:
                     check(_is_name(value), f"{field}[{i}]", NAME)
         check.time_range(request)
-        inside = 0 <= request.page_size <= MAX_PAGE
-        check(inside, "page_size", f"must be 0 to {MAX_PAGE:,}")
+        check.page_size(request, MAX_PAGE)
 
 
 def _is_name(text: str) -> bool:

@@ -10,7 +10,7 @@ from quantplane_server.audit.queries import Place
 from quantplane_server.checks import FIRST, LAST, time_given, time_us, to_datetime
 from quantplane_server.db import Database
 from quantplane_server.rpc.interceptor import Context
-from quantplane_server.tokens import Tokens, purpose
+from quantplane_server.tokens import Tokens, list_purpose
 
 PAGE = 100  # where a request names no page_size
 MAX_PAGE_BYTES = 3_500_000  # a message must stay below 4 MiB
@@ -44,17 +44,13 @@ class AuditService(rpc.AuditServiceServicer):
         """Return behind which place a page begins. Raises InvalidPageToken."""
         if not request.page_token:
             return time_given(request, "end_time", LAST), 0
-        payload = self._tokens.open_page(_list(request), request.page_token)
+        payload = self._tokens.open_page(list_purpose(request), request.page_token)
         stamp_us, log_id = _PACKED.unpack(payload)
         return to_datetime(stamp_us), log_id
 
     def _token_behind(self, request: pb.ListAuditLogsRequest, last: pb.AuditLog) -> str:
         payload = _PACKED.pack(time_us(last.time), last.log_id)
-        return self._tokens.page_token(_list(request), payload)
-
-
-def _list(request: pb.ListAuditLogsRequest) -> bytes:
-    return purpose(request, "page_token", "page_size")
+        return self._tokens.page_token(list_purpose(request), payload)
 
 
 async def _page(

@@ -37,7 +37,7 @@ from quantplane_server.market_data.subscription import Request, Subscription
 from quantplane_server.rpc.interceptor import Context, Serialised
 from quantplane_server.streams import Batches, Streams
 from quantplane_server.tasks import end
-from quantplane_server.tokens import Tokens, purpose
+from quantplane_server.tokens import Tokens, list_purpose, purpose
 
 PAGE = 1_000  # where a request names no page_size
 CHUNK_ROWS = 16_384  # of StreamBars
@@ -130,7 +130,7 @@ class MarketDataService(rpc.MarketDataServiceServicer):
     ) -> pb.ListBarsResponse:
         checks.check_list_bars(request)
         wanted = bar_range(request.symbol, request)
-        query = purpose(request, "page_token", "page_size")
+        query = list_purpose(request)
         if request.page_token:
             (start,) = _START.unpack(self._tokens.open_page(query, request.page_token))
             wanted = wanted._replace(start=to_datetime(start))

@@ -15,7 +15,7 @@ from quantplane_server.models import checks, queries
 from quantplane_server.models.queries import HESTON, OU, SABR, Model
 from quantplane_server.rpc.interceptor import Context
 from quantplane_server.streams import Streams
-from quantplane_server.tokens import Tokens, purpose
+from quantplane_server.tokens import Tokens, list_purpose
 from quantplane_server.watch import Part, State, Watches, WatchStream
 
 PAGE = 1_000  # where a request names no page_size
@@ -122,7 +122,7 @@ class ModelService(rpc.ModelServiceServicer):
         self, model: Model, name: str, request: Any
     ) -> tuple[list[Any], str]:
         """Return the rows of a page, and the token of the next if there is one."""
-        query = purpose(request, "page_token", "page_size")
+        query = list_purpose(request)
         if request.page_token:
             payload = self._tokens.open_page(query, request.page_token)
             after = _layout(model).unpack(payload)

@@ -23,7 +23,7 @@ from quantplane_server.portfolio.snapshots import Snapshots
 from quantplane_server.portfolio.valuation import LatestQuotes, Valuation
 from quantplane_server.rpc.interceptor import Context
 from quantplane_server.streams import Streams
-from quantplane_server.tokens import Tokens, purpose
+from quantplane_server.tokens import Tokens, list_purpose
 from quantplane_server.watch import Part, State, Watches, WatchStream
 
 TOPIC = "portfolio"  # announced by whoever has booked executions
@@ -66,7 +66,7 @@ class PortfolioService(rpc.PortfolioServiceServicer):
         self, request: pb.ListPositionsRequest, context: Context
     ) -> pb.ListPositionsResponse:
         checks.check_list(request)
-        query = purpose(request, "page_token", "page_size")
+        query = list_purpose(request)
         after = ""
         if request.page_token:
             after = self._tokens.open_page(query, request.page_token).decode()
@@ -105,7 +105,7 @@ class PortfolioService(rpc.PortfolioServiceServicer):
         self, request: pb.ListSnapshotsRequest, context: Context
     ) -> pb.ListSnapshotsResponse:
         checks.check_snapshots(request)
-        query = purpose(request, "page_token", "page_size")
+        query = list_purpose(request)
         start = time_given(request, "start_time", FIRST)
         if request.page_token:
             payload = self._tokens.open_page(query, request.page_token)

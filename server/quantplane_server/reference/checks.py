@@ -8,7 +8,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from quantplane import v1 as pb
-from quantplane_server.checks import SYMBOL, Checks, is_name
+from quantplane_server.checks import EMPTY, SYMBOL, Checks, is_name
 from quantplane_server.constraints import ONCE
 from quantplane_server.reference.limits import check_limits
 from quantplane_server.reference.queries import (
@@ -30,7 +30,6 @@ MAX_DESCRIPTION = 1_000  # characters
 NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 PREFIX = re.compile(r"[A-Za-z0-9_.-]*")
 
-EMPTY = "must be empty: the server sets it"
 JSON = rule(MAX_JSON_BYTES)
 VALUE = f"must be set; {JSON}"
 SYMBOLS = f"must be at most {MAX_SYMBOLS:,} symbols"
@@ -72,7 +71,7 @@ def check_list_strategies(request: pb.ListStrategiesRequest) -> None:
             names = getattr(request, field)
             check(len(names) <= MAX_NAMES, field, AT_MOST)
             _check_names(check, names[:MAX_NAMES], field)
-        _check_page_size(check, request)
+        check.page_size(request, MAX_PAGE)
 
 
 def check_watch_strategies(request: pb.WatchStrategiesRequest) -> None:
@@ -141,7 +140,7 @@ def check_list_configurations(request: pb.ListConfigurationsRequest) -> None:
         prefix = request.prefix
         kept = len(prefix) <= MAX_KEY and PREFIX.fullmatch(prefix) is not None
         check(kept, "prefix", KEY_PREFIX)
-        _check_page_size(check, request)
+        check.page_size(request, MAX_PAGE)
 
 
 def _check_configuration(
@@ -184,8 +183,3 @@ def _check_new(check: Checks, resource: Resource, message: Message) -> None:
     for field, _ in message.ListFields():
         settable = field.name == resource.key or field.name in resource.columns
         check(settable, f"{resource.kind}.{field.name}", EMPTY)
-
-
-def _check_page_size(check: Checks, request: Any) -> None:
-    inside = 0 <= request.page_size <= MAX_PAGE
-    check(inside, "page_size", f"must be 0 to {MAX_PAGE:,}")

@@ -6,7 +6,7 @@ A page token holds the name behind which the next page begins.
 from collections.abc import AsyncIterator
 from typing import Any
 
-from quantplane_server.tokens import Tokens, purpose
+from quantplane_server.tokens import Tokens, list_purpose
 
 PAGE = 100  # where a request names no page_size
 PAGE_BYTES = 2 << 20  # where a page ends at the latest, with its last row
@@ -20,7 +20,7 @@ def begin(tokens: Tokens, request: Any) -> tuple[str, int]:
     limit = request.page_size or PAGE
     if not request.page_token:
         return "", limit
-    return tokens.open_page(_list(request), request.page_token).decode(), limit
+    return tokens.open_page(list_purpose(request), request.page_token).decode(), limit
 
 
 async def cut(rows: AsyncIterator[Any], limit: int) -> tuple[list[Any], bool]:
@@ -36,8 +36,4 @@ async def cut(rows: AsyncIterator[Any], limit: int) -> tuple[list[Any], bool]:
 
 def token_behind(tokens: Tokens, request: Any, name: str) -> str:
     """Return the token of the page behind the one that ends with this name."""
-    return tokens.page_token(_list(request), name.encode())
-
-
-def _list(request: Any) -> bytes:
-    return purpose(request, "page_token", "page_size")
+    return tokens.page_token(list_purpose(request), name.encode())

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from quantplane import v1 as pb
 from quantplane_server.checks import (
     AMOUNT,
+    EMPTY,
     ID,
     SYMBOL,
     TIME,
@@ -24,7 +25,6 @@ MAX_NAMES = 1_000
 MAX_METADATA_BYTES = 16 << 10  # as JSON
 
 EXPIRATION = "must lie after time, and before the year 10000"
-EMPTY = "must be empty: the server sets it"
 METADATA = rule(MAX_METADATA_BYTES)
 AT_MOST = f"must be at most {MAX_NAMES:,}"
 
