@@ -17,7 +17,7 @@ RUN useradd --system --uid 10001 --no-create-home quantplane
 COPY --from=build /opt/quantplane /opt/quantplane
 # A container is only reached from outside where it listens on all interfaces. So it
 # serves with QUANTPLANE_TLS_CERT and QUANTPLANE_TLS_KEY, or with QUANTPLANE_INSECURE=true
-# where its network is closed: docs/security.md.
+# where its network is closed: docs/deployment.md.
 ENV PATH=/opt/quantplane/bin:$PATH PYTHONUNBUFFERED=1 QUANTPLANE_LISTEN=0.0.0.0:50051
 USER quantplane
 EXPOSE 50051

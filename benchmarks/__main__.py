@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import (
+    auth,
     bars,
     daily,
     fanout,
@@ -93,6 +94,9 @@ BENCHMARKS = {
     ),
     "orders_coalesced_vs_single": Benchmark(
         orders.coalesced_vs_single, "one in flight", Goal("ratio", least=2)
+    ),
+    "auth_vs_none": Benchmark(
+        auth.vs_none, "the same call, QUANTPLANE_AUTH=false", Goal("ratio", most=1.15)
     ),
     "portfolio_cost": Benchmark(
         portfolio.cost, "without a watched portfolio", Goal("ratio", least=0.8)

@@ -15,7 +15,10 @@ from urllib.parse import urlsplit
 import asyncpg
 import redis.asyncio as redis
 
+from quantplane.credentials import VARIABLE
 from quantplane_server import embedded
+from quantplane_server.identity.keys import new_secret
+from quantplane_server.identity.local import OwnKey, put_keys
 from quantplane_server.migrate import upgrade
 from quantplane_server.processes import READY
 
@@ -153,13 +156,14 @@ class Bench:
 
     @asynccontextmanager
     async def command(
-        self, *arguments: str, dsn: str | None = None
+        self, *arguments: str, dsn: str | None = None, auth: bool = True
     ) -> AsyncIterator[tuple[str, Process]]:
         """Run `quantplane-server ARGUMENTS`; yield what it is ready on, and itself."""
         environment = {
             "QUANTPLANE_POSTGRES_DSN": dsn or self.dsn,
             "QUANTPLANE_REDIS_URL": self.redis_url,
             "QUANTPLANE_GRACE_S": "1",
+            "QUANTPLANE_AUTH": str(auth),
         }
         server = await Process.start(
             *("quantplane_server", *arguments, "--until-eof"),
@@ -177,8 +181,11 @@ class Bench:
         """Run what `up` runs on its services: a server, and a recorder beside it."""
         return self.command("serve", "--listen", "127.0.0.1:0", dsn=dsn)
 
-    def server_without_recorder(self, *, dsn: str | None = None) -> Any:
-        return self.command("serve", "--share-port", "--listen", "127.0.0.1:0", dsn=dsn)
+    def server_without_recorder(
+        self, *, dsn: str | None = None, auth: bool = True
+    ) -> Any:
+        listen = ("--share-port", "--listen", "127.0.0.1:0")
+        return self.command("serve", *listen, dsn=dsn, auth=auth)
 
     def database(self) -> Any:
         """Make another empty database; yield its DSN."""
@@ -213,6 +220,10 @@ class Lab:
         LOG.write_bytes(b"")
         async with embedded.services(None) as services:
             await upgrade(services.postgres_dsn)
+            key = new_secret()
+            own = OwnKey("bench", "admin", key)
+            await put_keys(services.postgres_dsn, "bench", [own])
+            os.environ[VARIABLE] = key  # of every client, here and in the children
             yield cls(services)
 
     @asynccontextmanager

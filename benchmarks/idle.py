@@ -54,7 +54,7 @@ async def hold(parent: Parent, target: str, method: str) -> None:
     opened = streams.channels(target)
 
     async def subscribe(i: int) -> Any:
-        call = opened[i % len(opened)].stream_stream(method)()
+        call = opened[i % len(opened)].stream_stream(method)(metadata=streams.shown())
         await call.write(_request(i))
         await call.read()
         return call

@@ -1,16 +1,19 @@
 """Children at both ends of a stream: one that publishes a tape, one that reads it."""
 
 import asyncio
+import os
 from time import perf_counter, process_time
 from typing import Any
 
 import grpc
+from grpc.aio import Metadata
 
 from benchmarks.child import Parent
 from benchmarks.tape import Tape
 from quantplane import Client
 from quantplane import v1 as pb
 from quantplane.client import OPTIONS
+from quantplane.credentials import VARIABLE
 
 SERVICE = "/" + pb.StreamQuotesResponse.DESCRIPTOR.file.package + ".MarketDataService"
 SUBSCRIBE = f"{SERVICE}/SubscribeQuotes"
@@ -22,6 +25,11 @@ def channels(target: str) -> list[grpc.aio.Channel]:
     """Open connections of their own, not one that gRPC shares behind them."""
     options = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
     return [grpc.aio.insecure_channel(target, options) for _ in range(CHANNELS)]
+
+
+def shown() -> Metadata:
+    """Return what calls carry so that a server knows who calls."""
+    return Metadata(("authorization", f"Bearer {os.environ[VARIABLE]}"))
 
 
 def lossless(symbols: list[str]) -> str:
@@ -64,7 +72,9 @@ async def read(
     streams = Streams(Tape(**tape))
     opened = channels(target)
     calls = [
-        opened[i % CHANNELS].unary_stream(method)(bytes.fromhex(request))
+        opened[i % CHANNELS].unary_stream(method)(
+            bytes.fromhex(request), metadata=shown()
+        )
         for i in range(readers)
     ]
     await asyncio.gather(*(call.read() for call in calls))

@@ -569,3 +569,44 @@ Table(
     Column("last_used_at", TIME),
     Index("idx_api_keys_user", "user_id"),
 )
+
+# Logins that go on by refresh tokens, which hold the session's secret and a number.
+Table(
+    "sessions",
+    reference,
+    Column("session_id", UUID, primary_key=True),
+    Column("user_id", UUID, ForeignKey("users.user_id"), nullable=False),
+    Column("secret_hash", LargeBinary, nullable=False),
+    Column("generation", BigInteger, nullable=False, server_default=text("1")),
+    Column("created_at", TIME, nullable=False, server_default=NOW),
+    Column("refreshed_at", TIME, nullable=False, server_default=NOW),
+    Column("expires_at", TIME, nullable=False),
+    Column("ended_at", TIME),
+    Index("idx_sessions_user", "user_id", "created_at"),
+)
+
+# What access tokens are signed with.
+Table(
+    "signing_keys",
+    reference,
+    Column("key_id", Text, primary_key=True),
+    Column("secret", LargeBinary, nullable=False),
+    Column("created_at", TIME, nullable=False, server_default=NOW),
+)
+
+# When failed logins will be forgotten, which says how many they were.
+Table(
+    "login_failures",
+    reference,
+    Column("subject", Text, primary_key=True),
+    Column("forgotten_at", TIME, nullable=False),
+    Column("locked_until", TIME),
+)
+
+# Counts changes of what is permitted, so that servers notice them.
+Table(
+    "identity_version",
+    reference,
+    Column("single", Boolean, primary_key=True, server_default=text("true")),
+    Column("version", BigInteger, nullable=False),
+)

@@ -1,6 +1,9 @@
 """The real parts that tests talk to: servers for the session, a database per test."""
 
 import asyncio
+import atexit
+import os
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
@@ -11,8 +14,14 @@ from quantplane import Client
 from quantplane_server.config import Settings
 from quantplane_server.embedded import Postgres, Valkey
 from quantplane_server.main import recording, serving
-from tests.postgres import database
+from tests.postgres import KEY, database
 from tests.timescale import timescale_server
+
+# Of every client of this process and its children. Their files are none of the user's.
+os.environ["QUANTPLANE_API_KEY"] = KEY
+STATE = tempfile.TemporaryDirectory(prefix="quantplane-test-")
+atexit.register(STATE.cleanup)
+os.environ["XDG_STATE_HOME"] = STATE.name
 
 
 @dataclass(frozen=True)

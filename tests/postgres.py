@@ -8,6 +8,7 @@ from pathlib import Path
 import asyncpg
 
 from quantplane_server import migrate
+from quantplane_server.identity.local import OwnKey, put_keys
 from quantplane_server.testing import (
     EMPTY,
     fresh_database,
@@ -16,6 +17,7 @@ from quantplane_server.testing import (
 )
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
+KEY = "qp_" + 43 * "t"  # of the user "test", who may do everything
 LOCK = 0x74656D706C617465  # held while a template is made
 
 
@@ -30,6 +32,8 @@ async def database(server_dsn: str, migrated: bool = True) -> AsyncIterator[str]
 async def migrated_template(server_dsn: str) -> str:
     """The name of a database to copy that has the schema of the migrations now.
 
+    It has the user "test" besides.
+
     Made once per server, since migrating takes longer than copying.
     """
     name = f"template_{_digest()}"
@@ -41,10 +45,21 @@ async def migrated_template(server_dsn: str) -> str:
         ):
             dsn = await fresh_database(server_dsn)
             await migrate.upgrade(dsn)
+            await let_in(dsn)
             await _seal(server, name_of(dsn), name)
     finally:
         await server.close()
     return name
+
+
+async def let_in(dsn: str) -> None:
+    """Make the user "test" with KEY, of whom the audit log says nothing."""
+    await put_keys(dsn, "test", [OwnKey("test", "admin", KEY)])
+    conn = await asyncpg.connect(dsn)
+    try:
+        await conn.execute("TRUNCATE audit_logs RESTART IDENTITY")
+    finally:
+        await conn.close()
 
 
 async def _seal(server: asyncpg.Connection, made: str, name: str) -> None:
@@ -61,6 +76,6 @@ async def _seal(server: asyncpg.Connection, made: str, name: str) -> None:
 
 def _digest() -> str:
     digest = hashlib.sha256()
-    for path in sorted(MIGRATIONS.rglob("*.py")):
+    for path in (Path(__file__), *sorted(MIGRATIONS.rglob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 import pytest
 
@@ -90,9 +91,21 @@ async def bars(target: str) -> int:
         return len(response.bars)
 
 
+@pytest.fixture
+def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Clients have the key that `up` leaves, in this folder, and no other."""
+    monkeypatch.delenv("QUANTPLANE_API_KEY")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return tmp_path / "quantplane"
+
+
+def files(folder: Path) -> list[Path]:
+    return list(folder.glob("*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_up_serves_keeps_its_data_and_leaves_nothing_running(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, no_key: Path, number: signal.Signals
 ):
     up = ("up", "--data-dir", str(tmp_path), "--listen", "127.0.0.1:0")
     for count in (1, 2):
@@ -104,9 +117,10 @@ async def test_up_serves_keeps_its_data_and_leaves_nothing_running(
             run.process.send_signal(number)
             assert await run.ended() == 0
         assert not psutil.wait_procs(children, timeout=20)[1]
+        assert not files(no_key)  # no key either
 
 
-async def test_up_fills_orders_unless_it_is_told_not_to(tmp_path: Path):
+async def test_up_fills_orders_unless_it_is_told_not_to(tmp_path: Path, no_key: Path):
     up = ("up", "--data-dir", str(tmp_path), "--listen", "127.0.0.1:0")
     async with started(*up, "--no-paper") as run:
         target = await run.ready()
@@ -123,7 +137,7 @@ async def test_up_fills_orders_unless_it_is_told_not_to(tmp_path: Path):
                     break
 
 
-async def test_the_demo_has_a_strategy_that_ends_with_it(tmp_path: Path):
+async def test_the_demo_has_a_strategy_that_ends_with_it(tmp_path: Path, no_key: Path):
     up = ("up", "--demo", "--data-dir", str(tmp_path), "--listen", "127.0.0.1:0")
     async with started(*up) as run:
         await run.ready()
@@ -223,3 +237,69 @@ async def test_what_is_not_set_or_not_there_is_one_sentence(
     both = ("--commission-bps", "1", "--commission-per-unit", "1")
     assert "use one of" in await failed("paper", *both)
     assert "QUANTPLANE_CAP_MB" in await failed("serve", QUANTPLANE_CAP_MB="x")
+
+
+# --- the keys of `up` ---------------------------------------------------------
+
+
+async def test_the_keys_of_up_are_of_its_user_and_in_no_argument(
+    settings: Settings, no_key: Path
+):
+    environment = settings.environment()
+    async with started("up", "--demo", **environment) as run:
+        target = await run.ready()
+        (file,) = files(no_key)
+        assert file.name == f"up-{target.rpartition(':')[2]}.key"
+        key = file.read_text().strip()
+        async with Client(target, token=key) as client:
+            known = await client.auth.WhoAmI(pb.WhoAmIRequest())
+            keys = (await client.user.ListApiKeys(pb.ListApiKeysRequest())).keys
+        assert (known.username, known.role) == ("local", "admin")
+        own = [each for each in keys if each.username == "local"]
+        assert sorted(each.role for each in own) == ["admin", "broker", "strategy"]
+        shown = [environment_of(child) for child in run.children()]
+        assert not [p for p in run.children() if "qp_" in " ".join(p.cmdline())]
+        given = {
+            each["QUANTPLANE_API_KEY"] for each in shown if "QUANTPLANE_API_KEY" in each
+        }
+        assert len(given) == 2  # the broker's and the strategy's
+        assert key not in given
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    try:
+        found: dict[str, str] = process.environ()
+    except psutil.Error:  # another account's
+        found = {}
+    return found
+
+
+async def test_what_a_killed_up_left_opens_nothing_once_the_next_has_started(
+    settings: Settings, no_key: Path
+):
+    environment = settings.environment()
+    environment["QUANTPLANE_LISTEN"] = f"127.0.0.1:{free_port()}"
+    async with started("up", "--no-paper", **environment) as run:
+        target = await run.ready()
+        (file,) = files(no_key)
+        old = file.read_text().strip()
+        children = run.children()
+        run.process.kill()
+        await run.ended()
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    assert files(no_key) == [file]
+    async with started("up", "--no-paper", **environment) as run:
+        await run.ready()
+        async with Client(target) as client:
+            await client.auth.WhoAmI(pb.WhoAmIRequest())
+        async with Client(target, token=old) as client:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await client.auth.WhoAmI(pb.WhoAmIRequest())
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_beyond_loopback_up_leaves_no_key(settings: Settings, no_key: Path):
+    environment = settings.environment() | {"QUANTPLANE_LISTEN": "0.0.0.0:0"}
+    async with started("up", "--insecure", **environment) as run:
+        await run.ready()  # the broker too, which reaches it by loopback
+        assert not files(no_key)

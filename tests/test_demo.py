@@ -270,7 +270,8 @@ async def test_the_view_keeps_log_records_from_the_terminal(server: Server):
 # --- the view -----------------------------------------------------------------
 
 
-async def test_the_view_fits_a_small_terminal():
+async def test_the_view_fits_a_small_terminal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("QUANTPLANE_API_KEY")  # which would not go there in plaintext
     lines = await view("10.0.0.7:50051", 80, 24, demo.LogLines())
     assert len(lines) <= 24
     assert all(len(line) <= 80 for line in lines)

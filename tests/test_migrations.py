@@ -34,7 +34,7 @@ Table("more_reference", reference, Column("number", Integer))
 """
 BROKEN_MIGRATION = '''"""Broken"""
 from alembic import op
-revision, down_revision = "0005", "0004"
+revision, down_revision = "0006", "0005"
 def upgrade(part):
     op.execute("CREATE TABLE half_done ()")
     op.execute("UPDATE server_keys SET purpose = 'changed'")
@@ -128,7 +128,7 @@ async def test_parts_in_one_database_are_migrated_each_for_itself(
     add_tables(repository)
     async with database(server_dsn) as dsn:
         await alembic(dsn, "revision", "--autogenerate", "-m", "more", cwd=repository)
-        made = (repository / "migrations/versions/0005_more.py").read_text()
+        made = (repository / "migrations/versions/0006_more.py").read_text()
         assert made.count("more_series") == made.count("more_reference") == 2
         await alembic(dsn, "upgrade", "head", cwd=repository)
         await alembic(dsn, "check", cwd=repository)
@@ -260,14 +260,14 @@ async def test_a_new_revision_of_an_unchanged_schema_is_empty(
 ):
     async with database(server_dsn) as dsn:
         await alembic(dsn, "revision", "--autogenerate", "-m", "none", cwd=repository)
-    made = repository / "migrations/versions/0005_none.py"
+    made = repository / "migrations/versions/0006_none.py"
     assert "op." not in made.read_text()
 
 
 async def test_a_failed_migration_leaves_the_database_as_it_was(
     server_dsn: str, repository: Path
 ):
-    (repository / "migrations/versions/0005_broken.py").write_text(BROKEN_MIGRATION)
+    (repository / "migrations/versions/0006_broken.py").write_text(BROKEN_MIGRATION)
     async with database(server_dsn) as dsn:
         before = await names(dsn), await fetch(dsn, "SELECT * FROM server_keys")
         with pytest.raises(AssertionError, match="division by zero"):

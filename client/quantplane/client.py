@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Iterable
@@ -14,8 +15,16 @@ from google.protobuf.descriptor_pb2 import MethodOptions
 from google.protobuf.descriptor_pool import Default as default_pool
 
 from quantplane import v1 as pb
+from quantplane.credentials import (
+    Credentials,
+    KnownChannel,
+    Token,
+    check_private,
+    given,
+)
 from quantplane.follow import Follower, Request, Response, StreamMethod
 from quantplane.keys import fill_keys
+from quantplane.login import Session, log_in
 from quantplane.publish import QuotePublisher
 from quantplane.tls import Tls, open_channel
 
@@ -54,6 +63,12 @@ class Client:
     what QUANTPLANE_TLS_CA, _CLIENT_CERT, _CLIENT_KEY and _NAME say where none is
     given; without any, the connection is plaintext. Raises TlsProblem for a file.
 
+    Every call shows the token, an API key or an access token, or what a callable
+    returns; where none is given QUANTPLANE_API_KEY, or on loopback the key that
+    `quantplane-server up` leaves for its user. Beyond loopback a credential needs
+    TLS, or QUANTPLANE_INSECURE=true. Raises CredentialProblem, and StateProblem for
+    a key that others could read.
+
     Unary methods that are safe to repeat are retried while the server is away,
     and end within 10 s unless they are long_running; all others are called once.
     An empty idempotency key is filled before the first try, in a copy of the
@@ -70,16 +85,31 @@ class Client:
     strategy: pb.StrategyServiceStub
     configuration: pb.ConfigurationServiceStub
     audit: pb.AuditServiceStub
+    auth: pb.AuthServiceStub
+    user: pb.UserServiceStub
     admin: pb.AdminServiceStub
 
-    def __init__(self, target: str | None = None, tls: Tls | None = None) -> None:
+    def __init__(
+        self,
+        target: str | None = None,
+        tls: Tls | None = None,
+        token: Token | None = None,
+    ) -> None:
         self.target = target or os.environ.get("QUANTPLANE_TARGET") or TARGET
         config = json.dumps(service_config(service for service, _ in services()))
         options = [*OPTIONS, ("grpc.service_config", config)]
+        self._tls = tls
+        self._credentials = Credentials()
+        given(self._credentials, token, self.target)
+        if self._credentials.shows:
+            check_private(self.target, tls)
         self._channel = open_channel(self.target, options, tls)
+        self._known: Any = KnownChannel(self._channel, self._credentials)
         self._streams: WeakSet[Follower[Any] | QuotePublisher] = WeakSet()
+        self._session: Session | None = None
+        self._renewing: asyncio.Task[None] | None = None
         for service, stub in services():
-            methods = stub(self._channel)
+            methods = stub(self._known)
             fill_keys(methods, service)
             setattr(self, attribute_of(service), methods)
 
@@ -98,7 +128,41 @@ class Client:
         """Close the channel; followed streams end, and publishers at once."""
         for stream in list(self._streams):
             await stream.aclose()
+        self._leave()
         await self._channel.close()
+
+    async def login(self, username: str, password: str) -> None:
+        """Log in; calls show the session's token from now on, renewed in time.
+
+        The session lives on when the client is closed: see `logout`. Raises
+        AioRpcError, and CredentialProblem where others could read the password.
+        """
+        check_private(self.target, self._tls)
+        auth = self.without_credentials()
+        self.use(Session(auth, await log_in(auth, username, password)))
+
+    async def logout(self) -> None:
+        """End the session of `login`. Raises AioRpcError."""
+        if self._session is not None:
+            await self._session.end()
+            self._leave()
+
+    def use(self, session: Session) -> None:
+        """Show the token of `session` from now on, and renew it until the end."""
+        check_private(self.target, self._tls)
+        self._leave()
+        self._session = session
+        self._credentials.use(session.token, session.renew)
+        self._renewing = asyncio.create_task(session.run())
+
+    def without_credentials(self) -> Any:
+        """Return a stub of AuthService whose calls show no credential."""
+        return pb.AuthServiceStub(self._channel)
+
+    def _leave(self) -> None:
+        self._session = None
+        if self._renewing is not None:
+            self._renewing.cancel()
 
     def follow(
         self, method: StreamMethod[Request, Response], request: Request
@@ -117,7 +181,7 @@ class Client:
         A feed that goes on where it stopped, or may be replaced by another
         process, needs a name; without one it gets a new name each time.
         """
-        publisher = QuotePublisher(self._channel, feed)
+        publisher = QuotePublisher(self._known, feed)
         self._streams.add(publisher)
         return publisher
 

@@ -26,6 +26,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from quantplane import v1 as pb
+from quantplane.credentials import is_renewed, shown_by
 from quantplane.errors import describe, is_transient, metadata_of, reason_of
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,8 @@ class Follower(Generic[Response]):
         self._requests: _Requests | None = None
         self._beginning: asyncio.Task[None] | None = None
         self._opened = False
+        self._shown = ""  # by the call, of credentials
+        self._was_let_in = True
         self._backoff = Backoff()
         self._tick_s = _silence_s(request) / TICKS
         self._ticks = 0
@@ -206,7 +209,7 @@ class Follower(Generic[Response]):
                 await self._acknowledge()
             response: Response = await call.read()
         except grpc.aio.AioRpcError as error:
-            if is_transient(error):
+            if is_transient(error) or await self._is_renewed(error):
                 raise _Lost(describe(error)) from error
             raise
         except asyncio.CancelledError:
@@ -219,7 +222,13 @@ class Follower(Generic[Response]):
             self._ticks = 0
         if not response:
             raise _Lost("the server ended the stream")
+        self._was_let_in = True
         return response
+
+    async def _is_renewed(self, error: grpc.RpcError) -> bool:
+        """Say whether to show another credential; a second one in a row, no more."""
+        was_let_in, self._was_let_in = self._was_let_in, False
+        return was_let_in and await is_renewed(self._method, self._shown, error)
 
     async def _connect(self) -> Any:
         self.reconnects += self._opened
@@ -232,6 +241,7 @@ class Follower(Generic[Response]):
         self._updates_in_force = -1  # the first Subscribed stands for no update
         self._loop = asyncio.get_running_loop()
         self._tick()
+        self._shown = shown_by(self._method)
         if self._both_ways:
             call = self._call = self._method(wait_for_ready=True)
             self._requests = _Requests(call)

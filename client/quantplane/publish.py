@@ -14,6 +14,7 @@ from typing import Any, Self
 import grpc
 
 from quantplane import v1 as pb
+from quantplane.credentials import is_renewed, shown_by
 from quantplane.errors import describe, is_transient, metadata_of
 from quantplane.follow import Backoff
 
@@ -43,6 +44,7 @@ class QuotePublisher:
             f"/{pb.Quote.DESCRIPTOR.file.package}.MarketDataService/PublishQuotes",
             response_deserializer=pb.PublishQuotesResponse.FromString,
         )
+        self._was_let_in = True
         self._accepted_through = self._durable_through = 0
         self._hold: pb.HoldReason.ValueType = pb.HOLD_REASON_UNSPECIFIED
         self._sent_through = 0  # by this publisher
@@ -169,16 +171,20 @@ class QuotePublisher:
 
     async def _connection(self, backoff: Backoff) -> str:
         """Publish until the connection ends, and return why it did."""
+        shown = shown_by(self._method)
         call = self._method(wait_for_ready=True)
         writer = asyncio.create_task(self._write(call))
         try:
             while response := await call.read():
+                self._was_let_in = True
                 if response.accepted_through > self._accepted_through:
                     backoff.reset()
                 self._take(response)
         except grpc.aio.AioRpcError as error:
             if not is_transient(error):
-                raise
+                was_let_in, self._was_let_in = self._was_let_in, False
+                if not (was_let_in and await is_renewed(self._method, shown, error)):
+                    raise
             return describe(error)
         finally:
             self._unwritten = None

@@ -18,6 +18,7 @@ import grpc
 
 from quantplane import client, follow
 from quantplane import v1 as pb
+from quantplane.credentials import Token
 from quantplane.tls import Tls
 
 Result = TypeVar("Result")
@@ -38,11 +39,18 @@ class Client:
     strategy: Service
     configuration: Service
     audit: Service
+    auth: Service
+    user: Service
     admin: Service
 
-    def __init__(self, target: str | None = None, tls: Tls | None = None) -> None:
+    def __init__(
+        self,
+        target: str | None = None,
+        tls: Tls | None = None,
+        token: Token | None = None,
+    ) -> None:
         self._loop = Loop()
-        self._client = self._loop.run(_open(target, tls))
+        self._client = self._loop.run(_open(target, tls, token))
         for service, _ in client.services():
             name = client.attribute_of(service)
             setattr(self, name, Service(self._loop, getattr(self._client, name)))
@@ -63,6 +71,14 @@ class Client:
         if self._loop.alive:
             self._loop.run(self._client.close())
             self._loop.close()
+
+    def login(self, username: str, password: str) -> None:
+        """Log in; calls show the session's token from now on, renewed in time."""
+        self._loop.run(self._client.login(username, password))
+
+    def logout(self) -> None:
+        """End the session of `login`."""
+        self._loop.run(self._client.logout())
 
     def follow(self, method: Method, request: Any) -> Follower:
         """Return the responses of a stream, which goes on after any interruption."""
@@ -254,8 +270,10 @@ class Loop:
         self._thread.join()
 
 
-async def _open(target: str | None, tls: Tls | None) -> client.Client:
-    return client.Client(target, tls)
+async def _open(
+    target: str | None, tls: Tls | None, token: Token | None
+) -> client.Client:
+    return client.Client(target, tls, token)
 
 
 async def _call(method: Any, request: Any, options: dict[str, Any]) -> Any:

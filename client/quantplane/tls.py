@@ -4,14 +4,21 @@ All paths are of PEM files. The server reads its own with the same functions.
 """
 
 import os
+import re
 import ssl
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import grpc
 
 File: TypeAlias = str | os.PathLike[str]
+
+ADDRESS = re.compile(
+    r"(?:dns:(?:///)?|ipv[46]:)?"
+    r"(?:\[(?P<v6>[^]]*)]|(?P<host>[^:/,]*))(?::(?P<port>[0-9]{1,5}))?"
+)
 
 VARIABLES = ("TLS_CA", "TLS_CLIENT_CERT", "TLS_CLIENT_KEY", "TLS_NAME")
 
@@ -63,6 +70,10 @@ def open_channel(
     Raises TlsProblem.
     """
     tls = tls or from_environment()
+    if is_loopback(target):
+        # gRPC would ask the proxy of `http_proxy` for this machine too: plaintext
+        # must not leave it.
+        options = [*options, ("grpc.enable_http_proxy", 0)]
     if tls is None:
         return grpc.aio.insecure_channel(target, options)
     roots = read_certificates(tls.ca) if tls.ca else None
@@ -74,6 +85,27 @@ def open_channel(
     credentials = grpc.ssl_channel_credentials(roots, key, cert)
     name = [("grpc.ssl_target_name_override", tls.name)] if tls.name else []
     return grpc.aio.secure_channel(target, credentials, [*options, *name])
+
+
+def is_loopback(target: str) -> bool:
+    """Say whether only this machine reaches a target as gRPC takes it."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    match = ADDRESS.fullmatch(target)
+    if match is None:
+        return False
+    if match["host"] == "localhost":
+        return True
+    try:
+        return ip_address(match["v6"] or match["host"]).is_loopback
+    except ValueError:
+        return False
+
+
+def port_of(target: str) -> int:
+    """Return the port of a target; 0 where it names none."""
+    match = ADDRESS.fullmatch(target)
+    return int(match["port"] or 0) if match else 0
 
 
 def explain(error: grpc.RpcError) -> str | None:

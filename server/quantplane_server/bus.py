@@ -6,6 +6,7 @@ its positions are numbered without gaps within an epoch. `bus.lua` has the atomi
 steps; this module gives them names.
 """
 
+import asyncio
 import zlib
 from collections.abc import (
     AsyncGenerator,
@@ -252,8 +253,10 @@ class Bus:
         """
         shards = {_key(shard, "stream").encode(): shard for shard in positions}
         client = _client(self._url, BLOCK_S + TIMEOUT_S)
+        task = asyncio.current_task()
         try:
-            while True:
+            # Connecting may lose a cancellation, and a quiet bus never wakes us.
+            while not (task and task.cancelling()):
                 places: Any = {
                     key: str(positions[shard]) for key, shard in shards.items()
                 }

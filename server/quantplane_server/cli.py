@@ -13,6 +13,7 @@ from contextlib import (
     nullcontext,
 )
 from functools import partial
+from getpass import getpass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -21,15 +22,18 @@ import typer
 import uvloop
 from pydantic import ValidationError
 
+from quantplane.credentials import left_key
 from quantplane.tls import explain
 from quantplane_server import backup as backups
 from quantplane_server import bus as buses
 from quantplane_server import db as databases
-from quantplane_server import demo, embedded
+from quantplane_server import demo, embedded, rescue
 from quantplane_server.admin.doctor import examine
 from quantplane_server.admin.findings import tell
 from quantplane_server.config import Settings
 from quantplane_server.embedded import EmbeddedError, Postgres, Valkey
+from quantplane_server.errors import QuantplaneError
+from quantplane_server.identity.local import Secrets, local_keys
 from quantplane_server.main import recording, serving
 from quantplane_server.market_data.queries import overdue_day_count
 from quantplane_server.migrate import SchemaOutdated, upgrade
@@ -48,9 +52,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+user = typer.Typer(help="Users, straight on the database.", no_args_is_help=True)
+key = typer.Typer(help="API keys, straight on the database.", no_args_is_help=True)
+app.add_typer(user, name="user")
+app.add_typer(key, name="key")
+
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.2
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # and the loopback of it
 
 T = TypeVar("T")
 Embedded = TypeVar("Embedded", Postgres, Valkey)
@@ -72,6 +82,7 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="The backup.")]
 Target = Annotated[
     str | None, typer.Option("--target", metavar="HOST:PORT", help="The server.")
 ]
+Username = Annotated[str, typer.Argument(metavar="USER", help="The user's name.")]
 UntilEof = Annotated[bool, typer.Option("--until-eof", hidden=True)]
 
 
@@ -216,6 +227,123 @@ def restore(
     print(f"restored and found equal: {manifest.summary()}")
 
 
+# --- Users and keys -----------------------------------------------------------------
+
+
+@user.command("add")
+def add_user(
+    username: Username,
+    email: Annotated[str, typer.Option("--email", help="No two users have one.")],
+    role: Annotated[
+        str, typer.Option("--role", help="admin may do everything.")
+    ] = "viewer",
+    no_password: Annotated[
+        bool, typer.Option("--no-password", help="Only keys, no login.")
+    ] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Add a user; asks for the password, or reads it from the standard input."""
+    password = "" if no_password else _password()
+    _run(_rescued(data_dir, rescue.add_user, username, email, role, password))
+    print(f"user {username} with role {role} is there")
+
+
+@user.command("set-password")
+def set_password(username: Username, data_dir: DataDir = None) -> None:
+    """Set a user's password, and end every session of the user."""
+    _run(_rescued(data_dir, rescue.set_password, username, _password()))
+    print(f"user {username} has a new password, and no session")
+
+
+@user.command("list")
+def list_users(data_dir: DataDir = None) -> None:
+    """List users: name, role, whether active, address, last login."""
+    for line in _run(_rescued(data_dir, rescue.user_lines)):
+        print(line)
+
+
+@user.command()
+def enable(username: Username, data_dir: DataDir = None) -> None:
+    """Let a user, and the user's keys, do again what they are permitted."""
+    _run(_rescued(data_dir, rescue.set_active, username, True))
+    print(f"user {username} is enabled")
+
+
+@user.command()
+def disable(username: Username, data_dir: DataDir = None) -> None:
+    """Let a user, and the user's keys, do nothing any more."""
+    _run(_rescued(data_dir, rescue.set_active, username, False))
+    print(f"user {username} is disabled")
+
+
+@key.command("create")
+def create_key(
+    username: Username,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What it is for.")],
+    role: Annotated[
+        str, typer.Option("--role", help="What it may do. None: as its user.")
+    ] = "",
+    strategy_id: Annotated[
+        str, typer.Option("--strategy", help="The only one it may act for. None: any.")
+    ] = "",
+    days: Annotated[
+        int, typer.Option("--days", min=0, max=36_500, help="It is good for. 0: ever.")
+    ] = 0,
+    data_dir: DataDir = None,
+) -> None:
+    """Make an API key, and print it: it can't be had again."""
+    asked = (username, name, role, strategy_id, days)
+    made, secret = _run(_rescued(data_dir, rescue.create_key, *asked))
+    print(f"key {made.key_id} with role {made.role}:", file=sys.stderr)
+    print(secret)
+
+
+@key.command("list")
+def list_keys(
+    username: Annotated[
+        str, typer.Option("--user", help="Only this user's. None: all.")
+    ] = "",
+    data_dir: DataDir = None,
+) -> None:
+    """List API keys: id, user, name, role, strategy, what has become of it."""
+    for line in _run(_rescued(data_dir, rescue.key_lines, username)):
+        print(line)
+
+
+@key.command()
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="KEY_ID", help="Of `key list`.")],
+    data_dir: DataDir = None,
+) -> None:
+    """Revoke an API key."""
+    _run(_rescued(data_dir, rescue.revoke_key, key_id))
+    print(f"key {key_id} is revoked")
+
+
+async def _rescued(
+    data_dir: Path | None, work: Callable[..., Coroutine[Any, Any, T]], *args: Any
+) -> T:
+    """Do something on the database of users."""
+    async with _databases(_settings(data_dir=data_dir), new=False) as dsns:
+        return await work(dsns.get("reference", dsns["timeseries"]), *args)
+
+
+def _password() -> str:
+    """Ask for a new password, twice, or read it where nobody can be asked.
+
+    It is never an argument: everybody on the machine can read those.
+    """
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\r\n")
+    password = getpass("New password: ")
+    if getpass("Once more: ") != password:
+        _fail("the two differ")
+    return password
+
+
+# --- What they do -------------------------------------------------------------------
+
+
 async def _up(
     settings: Settings,
     ephemeral: bool,
@@ -234,8 +362,10 @@ async def _up(
             settings = settings.model_copy(update={"redis_url": valkey.url})
         assert settings.postgres_dsn
         await upgrade(settings.postgres_dsn, settings.reference_dsn)
-        beside = demo.run if with_demo else None
-        served = _traded(settings, workers, with_paper, with_demo)
+        reference = settings.reference_dsn or settings.postgres_dsn
+        keys = await stack.enter_async_context(local_keys(reference, settings.listen))
+        beside = partial(demo.run, api_key=keys.admin) if with_demo else None
+        served = _traded(settings, keys, workers, with_paper, with_demo)
         await _stay(served, beside=beside)
 
 
@@ -279,20 +409,33 @@ async def _served(settings: Settings, workers: int) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def _traded(
-    settings: Settings, workers: int, with_paper: bool, with_strategy: bool
+    settings: Settings,
+    keys: Secrets,
+    workers: int,
+    with_paper: bool,
+    with_strategy: bool,
 ) -> AsyncIterator[str]:
     """Serve, with a paper broker and the demo's strategy if wanted."""
     async with AsyncExitStack() as stack:
         address = await stack.enter_async_context(_served(settings, workers))
-        commands = [["paper"]] if with_paper else []
+        stack.enter_context(left_key(address, keys.admin))
+        target = _reached(address)
+        commands = [(["paper"], keys.broker)] if with_paper else []
         if with_strategy:
-            commands.append(["strategy", str(int(time.time()))])
+            commands.append((["strategy", str(int(time.time()))], keys.strategy))
         if commands and settings.tls():
-            await _check_reachable(address)
-        for command in commands:
-            child = Child(*command, "--target", address, settings=settings)
+            await _check_reachable(target)
+        for command, key in commands:
+            command += ["--target", target]
+            child = Child(*command, settings=settings, api_key=key)
             await stack.enter_async_context(child.running())
         yield address
+
+
+def _reached(address: str) -> str:
+    """Return where clients of this machine reach what listens on an address."""
+    host, _, port = address.rpartition(":")
+    return f"{EVERYWHERE[host]}:{port}" if host in EVERYWHERE else address
 
 
 def _check_transport(settings: Settings) -> None:
@@ -333,7 +476,7 @@ async def _stay(
         print(f"{READY}{address or 'the bus'}", flush=True)
         waits: list[asyncio.Task[Any]] = [asyncio.create_task(stopped.wait())]
         if beside and address:
-            waits.append(asyncio.create_task(beside(address)))
+            waits.append(asyncio.create_task(beside(_reached(address))))
         done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         await end(*waits)
         for task in done:
@@ -412,7 +555,10 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
             return runner.run(main)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    except (EmbeddedError, SchemaOutdated, RuntimeError, ValueError) as error:
+    except (
+        *(EmbeddedError, SchemaOutdated, QuantplaneError),
+        *(RuntimeError, ValueError),
+    ) as error:
         _fail(str(error))
     except databases.UNAVAILABLE + buses.UNAVAILABLE as error:
         _fail(f"a backend can't be reached: {error}")

@@ -50,6 +50,12 @@ class Settings(BaseSettings):
     """Quotes on the bus that are not recorded yet; beyond, feeds are held back."""
     max_streams: PositiveInt = 10_000
     """Streams per process."""
+    auth: bool = True
+    """Callers must show who they are. False: anybody may do anything, on loopback."""
+    max_calls: PositiveInt = 5_000
+    """Calls of one user or API key at a time, streams too, per process."""
+    max_calls_per_s: PositiveInt = 5_000
+    """Calls that one user or API key begins in a second, per process."""
     maintenance_s: PositiveFloat = 60.0
     """Between two runs of the maintenance."""
     grace_s: PositiveFloat = 10.0
@@ -67,8 +73,13 @@ class Settings(BaseSettings):
     def tls(self) -> TlsFiles | None:
         """Return the files to serve TLS with; None: plaintext.
 
-        Raises ValueError where only some are set, or plaintext would leave loopback.
+        Raises ValueError where only some are set, or where plaintext, or calls of
+        anybody, would leave loopback.
         """
+        if not (self.auth or _is_loopback(self.listen)):
+            raise ValueError(
+                f"{self.listen} is beyond loopback, where QUANTPLANE_AUTH must be true"
+            )
         if self.tls_cert and self.tls_key:
             return TlsFiles(self.tls_cert, self.tls_key, self.tls_client_ca or None)
         if self.tls_cert or self.tls_key or self.tls_client_ca:

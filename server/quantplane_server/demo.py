@@ -476,7 +476,9 @@ def _duration(ms: float | None) -> str:
     return f"{ms:.1f} ms" if ms < 1_000 else f"{ms / 1e3:.1f} s"
 
 
-async def run(target: str, console: Console | None = None) -> None:
+async def run(
+    target: str, console: Console | None = None, api_key: str | None = None
+) -> None:
     """Run the demo against the server at `target` until cancelled.
 
     On a terminal it fills the screen; elsewhere it prints a line a second. Raises
@@ -485,7 +487,7 @@ async def run(target: str, console: Console | None = None) -> None:
     if console is None:
         console = Console(force_interactive=None if sys.stdout.isatty() else False)
     show = _draw if console.is_interactive and not console.options.ascii_only else _tell
-    async with Client(target) as client:
+    async with Client(target, token=api_key) as client:
         demo = Demo(client)
         try:
             with _in_words("the demo"):

@@ -12,11 +12,15 @@ QuantplaneError
 ├── UnknownExecution     NOT_FOUND           UNKNOWN_EXECUTION
 ├── UnknownStrategy      NOT_FOUND           UNKNOWN_STRATEGY
 ├── UnknownConfiguration NOT_FOUND           UNKNOWN_CONFIGURATION
+├── UnknownUser          NOT_FOUND           UNKNOWN_USER
+├── UnknownKey           NOT_FOUND           UNKNOWN_KEY
 ├── KeyReused            ALREADY_EXISTS      IDEMPOTENCY_KEY_REUSED
+├── EmailTaken           ALREADY_EXISTS      EMAIL_TAKEN
 ├── OrderTerminal        FAILED_PRECONDITION ORDER_TERMINAL
 ├── IllegalTransition    FAILED_PRECONDITION ILLEGAL_TRANSITION
 ├── RiskLimit            FAILED_PRECONDITION RISK_LIMIT
 ├── SignalMismatch       FAILED_PRECONDITION SIGNAL_MISMATCH
+├── LastAdmin            FAILED_PRECONDITION LAST_ADMIN
 ├── ExecutionMismatch    INVALID_ARGUMENT    EXECUTION_MISMATCH
 ├── VersionMismatch      ABORTED             VERSION_MISMATCH
 ├── EtagMismatch         ABORTED             ETAG_MISMATCH
@@ -24,7 +28,11 @@ QuantplaneError
 ├── TooManyStreams       RESOURCE_EXHAUSTED  TOO_MANY_STREAMS
 ├── ResultTooLarge       RESOURCE_EXHAUSTED  RESULT_TOO_LARGE
 ├── Overloaded           RESOURCE_EXHAUSTED  OVERLOADED
+├── LoginLocked          RESOURCE_EXHAUSTED  LOGIN_LOCKED
 ├── Draining             UNAVAILABLE         DRAINING
+├── RateLimited          RESOURCE_EXHAUSTED  RATE_LIMITED
+├── Unauthenticated      UNAUTHENTICATED     UNAUTHENTICATED
+├── PermissionDenied     PERMISSION_DENIED   PERMISSION_DENIED
 ├── BackendUnavailable   UNAVAILABLE         BACKEND_UNAVAILABLE
 └── InternalError        INTERNAL            INTERNAL
 
@@ -32,8 +40,10 @@ The reasons are documented, with cause and cure, in protos/quantplane/v1/errors.
 """
 
 from collections.abc import Sequence
+from math import ceil
 
 from google.protobuf import any_pb2
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc import StatusCode
 
@@ -186,6 +196,41 @@ class UnknownConfiguration(QuantplaneError):
         super().__init__(f"{key} is not set", key=key)
 
 
+class UnknownUser(QuantplaneError):
+    code = StatusCode.NOT_FOUND
+    reason = pb.ERROR_REASON_UNKNOWN_USER
+
+    def __init__(self, username: str) -> None:
+        super().__init__(f"there is no user {username!r}", username=username)
+
+
+class UnknownKey(QuantplaneError):
+    code = StatusCode.NOT_FOUND
+    reason = pb.ERROR_REASON_UNKNOWN_KEY
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"there is no API key {key_id}", key_id=key_id)
+
+
+class EmailTaken(QuantplaneError):
+    code = StatusCode.ALREADY_EXISTS
+    reason = pb.ERROR_REASON_EMAIL_TAKEN
+
+    def __init__(self, email: str) -> None:
+        super().__init__(f"another user has the address {email!r}", email=email)
+
+
+class LastAdmin(QuantplaneError):
+    code = StatusCode.FAILED_PRECONDITION
+    reason = pb.ERROR_REASON_LAST_ADMIN
+
+    def __init__(self) -> None:
+        super().__init__(
+            "nobody who may do everything would be left; "
+            "let another user have such a role first"
+        )
+
+
 class KeyReused(QuantplaneError):
     """A key came again with another body."""
 
@@ -309,6 +354,54 @@ class Overloaded(QuantplaneError):
         )
 
 
+class LoginLocked(QuantplaneError):
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = pb.ERROR_REASON_LOGIN_LOCKED
+
+    def __init__(self, retry_s: float) -> None:
+        super().__init__(f"too many logins have failed; wait {retry_s:.3g} s")
+        self._retry_s = retry_s
+
+    def details(self) -> list[any_pb2.Any]:
+        return [*super().details(), _retry_after(self._retry_s)]
+
+
+class RateLimited(QuantplaneError):
+    """A caller makes more calls, or more wrong ones, than are allowed."""
+
+    code = StatusCode.RESOURCE_EXHAUSTED
+    reason = pb.ERROR_REASON_RATE_LIMITED
+
+    def __init__(self, limit: int, what: str, retry_s: float) -> None:
+        super().__init__(
+            f"more than {limit:,} {what}; wait {retry_s:.3g} s", limit=limit
+        )
+        self._retry_s = retry_s
+
+    def details(self) -> list[any_pb2.Any]:
+        return [*super().details(), _retry_after(self._retry_s)]
+
+
+class Unauthenticated(QuantplaneError):
+    """A call has no good credential; whatever is wrong with it is told alike."""
+
+    code = StatusCode.UNAUTHENTICATED
+    reason = pb.ERROR_REASON_UNAUTHENTICATED
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the call has no credential, or one that is not, or no longer, good; "
+            "log in, or send another API key"
+        )
+
+
+class PermissionDenied(QuantplaneError):
+    """The caller is known, and may not do it."""
+
+    code = StatusCode.PERMISSION_DENIED
+    reason = pb.ERROR_REASON_PERMISSION_DENIED
+
+
 class Draining(QuantplaneError):
     code = StatusCode.UNAVAILABLE
     reason = pb.ERROR_REASON_DRAINING
@@ -335,9 +428,13 @@ class InternalError(QuantplaneError):
         super().__init__("internal error; the server's log has the details")
 
 
-def _packed(
-    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest,
-) -> any_pb2.Any:
+def _retry_after(seconds: float) -> any_pb2.Any:
+    info = error_details_pb2.RetryInfo()
+    info.retry_delay.FromMilliseconds(ceil(seconds * 1_000))
+    return _packed(info)
+
+
+def _packed(message: Message) -> any_pb2.Any:
     detail = any_pb2.Any()
     detail.Pack(message)
     return detail

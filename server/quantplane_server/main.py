@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.descriptor_pool import Default as default_pool
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -28,6 +29,14 @@ from quantplane_server.constraints import refusal
 from quantplane_server.db import Database
 from quantplane_server.errors import BackendUnavailable, QuantplaneError
 from quantplane_server.fanout import Fanout
+from quantplane_server.identity.auth import AuthService
+from quantplane_server.identity.directory import TOPIC, Directory
+from quantplane_server.identity.logins import Logins
+from quantplane_server.identity.passwords import Passwords
+from quantplane_server.identity.refusals import Refusals
+from quantplane_server.identity.sessions import Sessions
+from quantplane_server.identity.upkeep import Upkeep
+from quantplane_server.identity.users import UserService
 from quantplane_server.log import Logs, trim_logs
 from quantplane_server.market_data.daily import aggregate_days
 from quantplane_server.market_data.latest import LatestQuotes
@@ -46,9 +55,12 @@ from quantplane_server.portfolio.service import PortfolioService
 from quantplane_server.portfolio.snapshots import Snapshots
 from quantplane_server.reference.configurations import ConfigurationService
 from quantplane_server.reference.strategies import StrategyService
+from quantplane_server.rpc.auth import Guard
 from quantplane_server.rpc.errors import errors_to_status
 from quantplane_server.rpc.health import Check, Health
 from quantplane_server.rpc.interceptor import Interceptor
+from quantplane_server.rpc.limits import Limits
+from quantplane_server.rpc.rules import OPEN_SERVICES, rules_of
 from quantplane_server.rpc.tls import Certificates
 from quantplane_server.signals import expiry as signals
 from quantplane_server.signals.service import SignalService
@@ -72,6 +84,8 @@ NEEDS = {
     "StrategyService": ["reference"],
     "ConfigurationService": ["reference"],
     "AuditService": ["reference"],
+    "AuthService": ["reference"],
+    "UserService": ["reference"],
     "AdminService": ["db"],
 }
 PACKAGE = rpc.Quote.DESCRIPTOR.file.package
@@ -111,6 +125,7 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
         fanout = Fanout(bus)
         stack.callback(fanout.close)
         watches = Watches(bus)
+        directory = await _directory(settings, watches, stack)
         logs = Logs(db, bus, LOGS)
         streams = Streams(settings.max_streams)
         quotes = LatestQuotes(bus, db)
@@ -119,7 +134,19 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
         market_data = MarketDataService(bus, fanout, db, tokens, streams)
         strategies = StrategyService(reference, watches, tokens, streams)
         stack.push_async_callback(strategies.close)
+        passwords = Passwords()
+        stack.callback(passwords.close)
+        logins = Logins(reference, passwords)
+
+        async def changed() -> None:
+            await watches.announce([TOPIC])
+            await directory.refresh()
+
+        sessions = Sessions(reference, tokens, changed)
+        refusals = Refusals(reference)
         servicers = {
+            "AuthService": AuthService(reference, logins, sessions),
+            "UserService": UserService(reference, tokens, passwords, logins, changed),
             "MarketDataService": market_data,
             "OptionsService": OptionsService(db, watches, tokens, streams),
             "ModelService": ModelService(db, watches, tokens, streams),
@@ -137,8 +164,10 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
             ),
         }
 
+        names = [f"{PACKAGE}.{name}" for name in servicers]
+        names += OPEN_SERVICES
         server = grpc.aio.server(
-            interceptors=[Interceptor(errors_to_status(_translate))],
+            interceptors=[_interceptor(settings, directory, refusals, names)],
             options=[*OPTIONS, ("grpc.so_reuseport", int(share_port))],
             maximum_concurrent_rpcs=settings.max_streams + CALLS,
         )
@@ -146,8 +175,6 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         for name, servicer in servicers.items():
             getattr(rpc, f"add_{name}Servicer_to_server")(servicer, server)
-        names = [f"{PACKAGE}.{name}" for name in servicers]
-        names += ["grpc.health.v1.Health", reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, server)
 
         pings: dict[str, Check] = {
@@ -161,7 +188,10 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
         }
         checks[""] = list(pings.values())
         work = (market_data.run(), watches.run(), logs.run(), writer.run())
-        await stack.enter_async_context(_background(*work, health.follow(checks)))
+        identity = (directory.run(), refusals.run(), Upkeep(reference, changed).run())
+        await stack.enter_async_context(
+            _background(*work, *identity, health.follow(checks))
+        )
         address = _bind(server, settings)
         await server.start()
         try:
@@ -248,6 +278,39 @@ def _translate(error: Exception) -> QuantplaneError | None:
     if isinstance(error, (*databases.UNAVAILABLE, *buses.UNAVAILABLE)):
         return BackendUnavailable()
     return refusal(error)
+
+
+async def _directory(
+    settings: Settings, watches: Watches, stack: AsyncExitStack
+) -> Directory:
+    """Return the picture of users and keys, on a connection of its own.
+
+    Who keeps the pool busy would otherwise put off that it is cut off.
+    """
+    dsn = settings.reference_dsn or settings.backends()[0]
+    db = await Database.open(dsn, pool_size=1)
+    stack.push_async_callback(db.close)
+    directory = Directory(db, watches)
+    await directory.load()
+    return directory
+
+
+def _interceptor(
+    settings: Settings,
+    directory: Directory,
+    refusals: Refusals,
+    names: Iterable[str],
+) -> Interceptor:
+    """Return what goes around the calls of services."""
+    guard = Guard(
+        directory,
+        rules_of(map(default_pool().FindServiceByName, names)),
+        Limits(settings.max_calls, settings.max_calls_per_s),
+        by_certificate=bool(settings.tls_client_ca),
+        note=refusals.note,
+    )
+    layer = errors_to_status(_translate)
+    return Interceptor(layer, guard if settings.auth else None)
 
 
 def _bind(server: grpc.aio.Server, settings: Settings) -> str:

@@ -26,12 +26,20 @@ def begin(tokens: Tokens, request: Any) -> tuple[datetime, Place]:
 
     Raises InvalidPageToken.
     """
-    start = time_given(request, "start_time", FIRST)
+    end = time_given(request, "end_time", LAST)
+    return time_given(request, "start_time", FIRST), place(tokens, request, end)
+
+
+def place(tokens: Tokens, request: Any, end: datetime = LAST) -> Place:
+    """Return behind which place a page begins; the first one, at the end.
+
+    Raises InvalidPageToken.
+    """
     if not request.page_token:
-        return start, (time_given(request, "end_time", LAST), LAST_ID)
+        return end, LAST_ID
     payload = tokens.open_page(list_purpose(request), request.page_token)
     stamp_us, id = _PACKED.unpack(payload)
-    return start, (to_datetime(stamp_us), UUID(bytes=id))
+    return to_datetime(stamp_us), UUID(bytes=id)
 
 
 def token_behind(tokens: Tokens, request: Any, time: Timestamp, id: str) -> str:

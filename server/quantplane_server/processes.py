@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+from quantplane.credentials import VARIABLE as API_KEY
 from quantplane_server.config import Settings
 
 logger = logging.getLogger(__name__)
@@ -23,11 +24,19 @@ class Child:
     The child stops when its standard input ends, which the kernel sees to however
     this process goes. It has a session of its own, so that Ctrl-C reaches only the
     parent and the order of stopping is the parent's.
+
+    A child that is a client has a key of its own, and never the one of this process.
+    It is told in the environment: arguments are for everybody to read.
     """
 
-    def __init__(self, *args: str, settings: Settings) -> None:
+    def __init__(
+        self, *args: str, settings: Settings, api_key: str | None = None
+    ) -> None:
         self._args = args
         self._environment = {**os.environ, **settings.environment()}
+        self._environment.pop(API_KEY, None)
+        if api_key:
+            self._environment[API_KEY] = api_key
         self._ready = asyncio.Event()
 
     @asynccontextmanager

@@ -11,6 +11,7 @@ import redis.asyncio as redis
 
 from quantplane_server.config import Settings
 from quantplane_server.embedded import services
+from quantplane_server.identity.local import OwnKey, put_keys
 from quantplane_server.main import recording, serving
 from quantplane_server.migrate import upgrade
 
@@ -18,15 +19,19 @@ EMPTY = "template0"
 
 
 @asynccontextmanager
-async def servers() -> AsyncIterator[Callable[[], AbstractAsyncContextManager[str]]]:
+async def servers(
+    api_key: str,
+) -> AsyncIterator[Callable[[], AbstractAsyncContextManager[str]]]:
     """Run PostgreSQL and Valkey; yield what serves on them, and yields the target.
 
-    One server at a time. Each begins with nothing, on a copy of one migrated
-    database: migrating takes longer than copying.
+    One server at a time. Each begins with nothing but a user "test", who may do
+    everything with `api_key`, on a copy of one migrated database: migrating takes
+    longer than copying.
     """
     async with services(None) as backends:
         migrated = await fresh_database(backends.postgres_dsn)
         await upgrade(migrated)
+        await put_keys(migrated, "test", [OwnKey("test", "admin", api_key)])
         yield partial(_server, migrated, backends.redis_url)
 
 

@@ -1,8 +1,9 @@
 """Opaque tokens for callers: what a page or a stream goes on from.
 
 A token carries a payload and a MAC over it and its purpose. The purpose names the
-method and everything else that the payload depends on (the query, the symbols),
-so a token that was altered, or made for something else, does not open.
+method and everything else that the payload depends on (the query, the symbols, the
+strategy that the caller is bound to), so a token that was altered, or made for
+something else, does not open.
 """
 
 import hmac
@@ -11,6 +12,7 @@ from typing import Any
 
 from quantplane_server.db import Connection
 from quantplane_server.errors import InvalidPageToken
+from quantplane_server.principal import bound
 
 VERSION = b"\x01"
 MAC_BYTES = 12
@@ -65,10 +67,16 @@ def list_purpose(request: Any) -> bytes:
 
 
 def purpose(request: Any, *free: str) -> bytes:
-    """Return what a token depends on: the request without some fields."""
+    """Return what a token of the call that runs depends on.
+
+    The request without some fields, and the only strategy that the caller may see. Not
+    who it is: a process goes on from its token when it gets a new key.
+    """
     terms = type(request)()
     terms.CopyFrom(request)
     for field in free:
         terms.ClearField(field)
-    name: str = request.DESCRIPTOR.name
-    return name.encode() + bytes(terms.SerializeToString(deterministic=True))
+    head: str = request.DESCRIPTOR.name
+    if strategy_id := bound():  # printable, and no message begins with 0
+        head += f"\0{strategy_id}\0"
+    return head.encode() + bytes(terms.SerializeToString(deterministic=True))

@@ -15,7 +15,7 @@ from quantplane_server.embedded import Valkey
 from quantplane_server.main import recording, serving
 from tests.admin import execute, fetch, has_chunks, signal, ticks, until, value
 from tests.conftest import both_editions
-from tests.postgres import database
+from tests.postgres import database, let_in
 
 EDITIONS = {
     Edition.PLAIN: pb.EDITION_PLAIN,
@@ -300,6 +300,7 @@ async def test_reference_data_may_live_in_another_database(
         database(edition, migrated=False) as reference_dsn,
     ):
         await migrate.upgrade(dsn, reference_dsn)
+        await let_in(reference_dsn)
         settings = Settings(
             postgres_dsn=dsn,
             reference_dsn=reference_dsn,

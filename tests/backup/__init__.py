@@ -88,6 +88,8 @@ async def populate(dsn: str) -> None:
     async with connected(dsn) as connection:
         edition = Edition(await connection.fetchval(EDITION))
         for table in TABLES:
+            if table.name == "identity_version":
+                continue  # it has its one row
             if edition in table.info.get("editions", Edition):
                 columns = list(table.columns)
                 await connection.copy_records_to_table(

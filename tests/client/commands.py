@@ -10,11 +10,11 @@ from quantplane.cli import app
 WAIT_S = 30
 
 
-async def invoke(target, *arguments):
+async def invoke(target, *arguments, stdin=None):
     """Run the command in this process, which is quicker than a new one."""
     runner = CliRunner(env={"QUANTPLANE_TARGET": target})
     words = [str(argument) for argument in arguments]
-    result = await asyncio.to_thread(runner.invoke, app, words)
+    result = await asyncio.to_thread(runner.invoke, app, words, stdin)
     assert isinstance(result.exception, SystemExit | None), result.exception
     return result
 

@@ -49,8 +49,8 @@ async def changes(call):
 
 async def test_changes_are_a_table_the_latest_first(changes, call):
     head, _, *rows = await call("audit")
-    assert cells(head) == ["time", "from", "action", "resource", "change"]
-    assert [cells(row)[1:4] for row in rows] == [
+    assert cells(head) == ["time", "who", "from", "action", "resource", "change"]
+    assert [cells(row)[2:5] for row in rows] == [
         ["127.0.0.1", "delete", "strategy s"],
         ["127.0.0.1", "create", "configuration desk.x"],
         ["127.0.0.1", "update", "strategy s"],
@@ -60,19 +60,19 @@ async def test_changes_are_a_table_the_latest_first(changes, call):
 
 async def test_an_update_is_told_by_what_differs(changes, call):
     *_, row = await call("audit", "--action", "update")
-    assert cells(row)[4:] == ["status: stopped -> running"]
+    assert cells(row)[5:] == ["status: stopped -> running"]
 
 
 async def test_what_came_is_told_with_what_it_is(changes, call):
     *_, row = await call("audit", "--action", "create", "--id", "s")
-    assert cells(row)[4] == "status: stopped; name: Slow; type: momentum"
+    assert cells(row)[5] == "status: stopped; name: Slow; type: momentum"
 
 
 async def test_a_change_of_a_secret_is_told_without_it(call):
     for secret in ("hunter2", "hunter3"):
         await call("config", "set", "desk.password", secret)
     *_, changed, created = await call("audit")
-    assert cells(changed)[2:] == [
+    assert cells(changed)[3:] == [
         "update", "configuration desk.password", "value: [redacted]",
     ]  # fmt: skip
     assert cells(created)[-1] == "value: [redacted]"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Server
+from tests.postgres import KEY
 
 ROOT = Path(__file__).parents[2]
 OLDEST = ["grpcio==1.72.1", "protobuf==6.30.0", "googleapis-common-protos==1.70.0"]
@@ -56,7 +57,7 @@ async def test_the_oldest_versions_declared_can_publish_and_follow(
 ):
     process = await asyncio.create_subprocess_exec(
         *(oldest_python, "-c", PROGRAM, server.target),
-        env={"PYTHONPATH": str(ROOT / "client")},
+        env={"PYTHONPATH": str(ROOT / "client"), "QUANTPLANE_API_KEY": KEY},
         stdout=asyncio.subprocess.PIPE,
     )
     out, _ = await process.communicate()

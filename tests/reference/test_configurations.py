@@ -82,7 +82,7 @@ async def test_a_configuration_is_kept_as_it_was_sent(
     created = await put(client, "desk.limits-v2", {"a": [1, None]}, description="why")
     assert created.value == json_value({"a": [1, None]})
     assert created.description == "why"
-    assert created.updated_by == "anyone"
+    assert created.updated_by == "test"
     assert created.HasField("updated_at")
     assert created.etag
     assert not created.known
@@ -118,7 +118,7 @@ async def test_an_update_changes_what_its_mask_names(
     await fetch(reference_dsn, "UPDATE configurations SET updated_by = 'sql'")
     updated = await change(client, value=2, description="else")
     assert (updated.value.number_value, updated.description) == (2, "why")
-    assert updated.updated_by == "anyone"
+    assert updated.updated_by == "test"
     assert updated.updated_at.ToNanoseconds() > created.updated_at.ToNanoseconds()
     described = await change(client, value=3, mask=["description"])
     assert (described.value.number_value, described.description) == (2, "")

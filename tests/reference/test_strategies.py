@@ -53,7 +53,7 @@ async def test_a_strategy_is_kept_as_it_was_sent(client: Client, reference_dsn: 
     created = await create(client)
     assert sent(created) == strategy()
     assert created.created_at == created.updated_at
-    assert created.created_by == "anyone"
+    assert created.created_by == "test"
     assert created.etag
     assert await get(client) == created
     ((name, symbols),) = await fetch(

@@ -21,11 +21,14 @@ class Authority:
         self.file = folder / "ca.pem"
         self._ca.cert_pem.write_to_path(self.file)
 
-    def sign(self, name: str = HOST, age_days: int = 0) -> tuple[Path, Path]:
+    def sign(
+        self, name: str = HOST, age_days: int = 0, common_name: str | None = None
+    ) -> tuple[Path, Path]:
         """Return the files of a certificate, chain and key; it is good for two days."""
         made = datetime.now(UTC) - timedelta(days=age_days)
         signed = self._ca.issue_cert(
             name,
+            common_name=common_name,
             not_before=made - timedelta(days=1),
             not_after=made + timedelta(days=1),
         )

@@ -3,25 +3,30 @@
 import asyncio
 import resource
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
 import pytest
 
-from quantplane import Client, Tls
+from quantplane import Client, Tls, reason_of
 from quantplane import v1 as pb
 from quantplane_server import main
 from quantplane_server.config import Settings
 from quantplane_server.main import serving
+from quantplane_server.rpc import auth, interceptor
 from tests.market_data import quote
+from tests.postgres import KEY
 from tests.rpc.certificates import Authority, tls_of
 
 SILENT = 2_000
 SYMBOLS = pb.ListSymbolsRequest(page_size=1)
 METHOD = "/quantplane.v1.MarketDataService/ListSymbols"
+LOGIN = "/quantplane.v1.AuthService/Login"
+HEALTH = "/grpc.health.v1.Health/Check"
+WATCH = "/grpc.health.v1.Health/Watch"
 OWN = [("grpc.use_local_subchannel_pool", 1)]  # channels to one target share otherwise
 
 # HTTP/2, as bytes.
@@ -37,6 +42,9 @@ def frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> b
 
 HELLO = PREFACE + frame(SETTINGS)
 # POST and http are in HPACK's static table; names and values follow as they are.
+
+
+# POST and http are in HPACK's static table; names and values follow as they are.
 REQUEST = b"\x83\x86" + b"".join(
     b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
     for name, value in {
@@ -44,6 +52,7 @@ REQUEST = b"\x83\x86" + b"".join(
         b":authority": b"localhost",
         b"content-type": b"application/grpc",
         b"te": b"trailers",
+        b"authorization": f"Bearer {KEY}".encode(),
     }.items()
 )
 
@@ -161,9 +170,10 @@ async def test_a_connection_without_calls_is_closed_and_the_next_call_makes_anot
     ready = grpc.ChannelConnectivity.READY
     async with grpc.aio.insecure_channel(target, OWN) as channel:
         market_data = pb.MarketDataServiceStub(channel)
-        await market_data.ListSymbols(SYMBOLS)
+        shown = (("authorization", f"Bearer {KEY}"),)
+        await market_data.ListSymbols(SYMBOLS, metadata=shown)
         await channel.wait_for_state_change(ready)
-        await market_data.ListSymbols(SYMBOLS)
+        await market_data.ListSymbols(SYMBOLS, metadata=shown)
 
 
 async def test_a_follower_of_a_quiet_stream_is_not_cut_off(target: str):
@@ -219,6 +229,63 @@ async def test_calls_beyond_the_limit_are_refused_until_one_ends(
                 while True:  # it may not have come yet
                     await client.market_data.ListSymbols(SYMBOLS)
             assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        await client.market_data.ListSymbols(SYMBOLS)
+
+
+@pytest.fixture
+async def channel(settings: Settings) -> AsyncIterator[grpc.aio.Channel]:
+    """Of nobody who is known."""
+    async with serving(settings) as target:
+        async with grpc.aio.insecure_channel(target, OWN) as channel:
+            yield channel
+
+
+async def never() -> AsyncIterator[bytes]:
+    await asyncio.Event().wait()
+    yield b""
+
+
+async def code(call: Awaitable[Any]) -> str:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await call
+    return reason_of(raised.value) or raised.value.code().name
+
+
+async def test_who_is_not_known_is_refused_before_the_request_has_come(
+    channel: grpc.aio.Channel,
+):
+    assert await code(channel.stream_unary(METHOD)(never())) == "UNAUTHENTICATED"
+
+
+@pytest.mark.parametrize("method", [LOGIN, HEALTH])
+async def test_where_nobody_need_be_known_the_request_must_come_in_time(
+    channel: grpc.aio.Channel, method: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(interceptor, "REQUEST_S", 0.1)
+    assert await code(channel.stream_unary(method)(never())) == "DEADLINE_EXCEEDED"
+
+
+async def test_a_call_without_any_request_is_refused(channel: grpc.aio.Channel):
+    async def none() -> AsyncIterator[bytes]:
+        for nothing in ():
+            yield nothing
+
+    assert await code(channel.stream_unary(LOGIN)(none())) == "INVALID_ARGUMENT"
+
+
+async def test_strangers_of_one_address_leave_calls_to_others(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(auth, "OF_STRANGERS", 3)
+    async with (
+        serving(settings) as target,
+        Client(target) as client,
+        grpc.aio.insecure_channel(target, OWN) as channel,
+    ):
+        watches = [channel.unary_stream(WATCH)(b"") for _ in range(3)]
+        for watch in watches:
+            await watch.read()
+        assert await code(channel.unary_unary(HEALTH)(b"")) == "RATE_LIMITED"
         await client.market_data.ListSymbols(SYMBOLS)
 
 

@@ -8,7 +8,16 @@ except ModuleNotFoundError:
     sys.exit("the command quantplane needs typer: pip install 'quantplane[cli]'")
 
 # What takes long to import is imported where it is used, so that --help is quick.
-from quantplane.cli import configurations, orders, portfolio, signals, strategies
+from quantplane.cli import (
+    configurations,
+    keys,
+    orders,
+    permissions,
+    portfolio,
+    signals,
+    strategies,
+    users,
+)
 from quantplane.cli.audit import audit
 from quantplane.cli.importing import (
     Tally,
@@ -17,6 +26,7 @@ from quantplane.cli.importing import (
     import_quotes,
     store_bars,
 )
+from quantplane.cli.login import login, logout, whoami
 from quantplane.cli.market_data import bars, symbols, watch_quotes
 from quantplane.cli.options import chain, expirations
 from quantplane.cli.replaying import Pace, replay
@@ -81,3 +91,22 @@ config_app.command("get")(configurations.get)
 config_app.command("set")(configurations.set_value)
 config_app.command("delete")(configurations.delete)
 app.command()(audit)
+app.command()(login)
+app.command()(logout)
+app.command()(whoami)
+users_app = _group("users", "Who may come, in which role.")
+users_app.command("list")(users.list_users)
+users_app.command("show")(users.show_user)
+users_app.command("create")(users.create)
+users_app.command("update")(users.update)
+users_app.command("enable")(users.enable)
+users_app.command("disable")(users.disable)
+users_app.command("set-password")(users.set_password)
+keys_app = _group("keys", "API keys, for programs.")
+keys_app.command("list")(keys.list_keys)
+keys_app.command("create")(keys.create)
+keys_app.command("revoke")(keys.revoke)
+permissions_app = _group("permissions", "What each role permits.")
+permissions_app.command("list")(permissions.list_permissions)
+permissions_app.command("grant")(permissions.grant)
+permissions_app.command("revoke")(permissions.revoke)

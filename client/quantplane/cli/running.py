@@ -21,18 +21,35 @@ FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130  # exit codes
 PROBE_S = 5.0
 
 
-def run(target: str | None, work: Callable[["Client"], Awaitable[None]]) -> None:
-    """Do `work` with a server that answers; end the process if that fails."""
+def run(
+    target: str | None,
+    work: Callable[["Client"], Awaitable[None]],
+    known: bool = True,
+) -> None:
+    """Do `work` with a server that answers; end the process if that fails.
+
+    `known`: as who has logged in there, if anybody has.
+    """
+    from quantplane.cli.login import resume
     from quantplane.client import Client
 
     async def connected() -> None:
         async with Client(target) as client:
             await _reach(client)
+            if known:
+                await resume(client)
             await work(client)
 
     with in_words(target):
         asyncio.run(connected())
         sys.stdout.flush()
+
+
+def target_of(target: str | None) -> str:
+    """Return where a command goes that says so, or not."""
+    from quantplane.client import TARGET
+
+    return target or TARGET
 
 
 async def _reach(client: "Client") -> None:
@@ -66,23 +83,27 @@ def in_words(target: str | None) -> Iterator[None]:
     """Turn what people may meet into one sentence and an exit code."""
     import grpc
 
-    from quantplane.client import TARGET
-    from quantplane.errors import describe
+    from quantplane.credentials import CredentialProblem
+    from quantplane.errors import describe, reason_of
     from quantplane.files import FileProblem
+    from quantplane.state import StateProblem
     from quantplane.tls import TlsProblem, explain
 
     try:
         yield
-    except (FileProblem, TlsProblem) as problem:
+    except (CredentialProblem, FileProblem, TlsProblem, StateProblem) as problem:
         fail(str(problem), UNUSABLE)
     except grpc.aio.AioRpcError as error:
         if _is_away(error):
+            where = target_of(target)
             if why := explain(error):
-                fail(f"there is no talking to {target or TARGET}: {why}")
+                fail(f"there is no talking to {where}: {why}")
             fail(
-                f"no server answers at {target or TARGET}; "
+                f"no server answers at {where}; "
                 "start one with `quantplane-server up`, or set --target"
             )
+        if reason_of(error) == "UNAUTHENTICATED":
+            error.add_note("`quantplane login`, or set QUANTPLANE_API_KEY")
         fail(describe(error))
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from importlib.metadata import entry_points
+from secrets import token_urlsafe
 from typing import TypeVar
 
 import pytest
 import pytest_asyncio
 
 from quantplane import Client
+from quantplane.credentials import VARIABLE
 from quantplane.sync import Loop
 from quantplane.testing.faults import FaultInjector
 
@@ -22,6 +24,7 @@ __all__ = ["FaultInjector"]
 
 Entered = TypeVar("Entered")
 ServerFactory = Callable[[], AbstractAsyncContextManager[str]]
+API_KEY = f"qp_{token_urlsafe(32)}"  # of every client of the test's servers
 
 MISSING = (
     "there is no quantplane server to test against:"
@@ -42,15 +45,20 @@ def _new_server(_loop: Loop) -> Iterator[ServerFactory]:
     found = entry_points(group="quantplane.testing", name="server")
     if not found:
         pytest.fail(MISSING, pytrace=False)
-    with _entered(_loop, next(iter(found)).load()()) as new_server:
+    with _entered(_loop, next(iter(found)).load()(API_KEY)) as new_server:
         yield new_server
 
 
 @pytest.fixture
 def quantplane_server(_loop: Loop, _new_server: ServerFactory) -> Iterator[str]:
-    """The target of a server that has nothing in it; gone after the test."""
-    with _entered(_loop, _new_server()) as target:
-        yield target
+    """The target of a server that has nothing in it; gone after the test.
+
+    Meanwhile QUANTPLANE_API_KEY is a key with which clients may do everything.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, API_KEY)
+        with _entered(_loop, _new_server()) as target:
+            yield target
 
 
 @pytest_asyncio.fixture

@@ -5,6 +5,8 @@ from quantplane.v1.admin_pb2_grpc import *  # noqa: F403
 from quantplane.v1.annotations_pb2 import *  # noqa: F403
 from quantplane.v1.audit_pb2 import *  # noqa: F403
 from quantplane.v1.audit_pb2_grpc import *  # noqa: F403
+from quantplane.v1.auth_pb2 import *  # noqa: F403
+from quantplane.v1.auth_pb2_grpc import *  # noqa: F403
 from quantplane.v1.broker_pb2 import *  # noqa: F403
 from quantplane.v1.broker_pb2_grpc import *  # noqa: F403
 from quantplane.v1.configurations_pb2 import *  # noqa: F403
@@ -25,3 +27,5 @@ from quantplane.v1.signals_pb2_grpc import *  # noqa: F403
 from quantplane.v1.strategies_pb2 import *  # noqa: F403
 from quantplane.v1.strategies_pb2_grpc import *  # noqa: F403
 from quantplane.v1.stream_pb2 import *  # noqa: F403
+from quantplane.v1.users_pb2 import *  # noqa: F403
+from quantplane.v1.users_pb2_grpc import *  # noqa: F403

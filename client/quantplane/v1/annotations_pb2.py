@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fquantplane/v1/annotations.proto\x12\rquantplane.v1\x1a google/protobuf/descriptor.proto\".\n\nPermission\x12\x10\n\x08resource\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t:O\n\npermission\x12\x1e.google.protobuf.MethodOptions\x18\xe1\x89\x03 \x01(\x0b\x32\x19.quantplane.v1.Permission:6\n\x0clong_running\x12\x1e.google.protobuf.MethodOptions\x18\xe3\x89\x03 \x01(\x08:8\n\x0fidempotency_key\x12\x1d.google.protobuf.FieldOptions\x18\xe2\x89\x03 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fquantplane/v1/annotations.proto\x12\rquantplane.v1\x1a google/protobuf/descriptor.proto\".\n\nPermission\x12\x10\n\x08resource\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t*\x99\x01\n\rStrategyScope\x12\x1e\n\x1aSTRATEGY_SCOPE_UNSPECIFIED\x10\x00\x12\x17\n\x13STRATEGY_SCOPE_NONE\x10\x01\x12\x1a\n\x16STRATEGY_SCOPE_REQUEST\x10\x02\x12\x1b\n\x17STRATEGY_SCOPE_RESOURCE\x10\x03\x12\x16\n\x12STRATEGY_SCOPE_ALL\x10\x04:O\n\npermission\x12\x1e.google.protobuf.MethodOptions\x18\xe1\x89\x03 \x01(\x0b\x32\x19.quantplane.v1.Permission:6\n\x0clong_running\x12\x1e.google.protobuf.MethodOptions\x18\xe3\x89\x03 \x01(\x08:5\n\x0bopen_to_all\x12\x1e.google.protobuf.MethodOptions\x18\xe4\x89\x03 \x01(\x08:V\n\x0estrategy_scope\x12\x1e.google.protobuf.MethodOptions\x18\xe5\x89\x03 \x01(\x0e\x32\x1c.quantplane.v1.StrategyScope:7\n\ropen_to_known\x12\x1e.google.protobuf.MethodOptions\x18\xe6\x89\x03 \x01(\x08:8\n\x0fidempotency_key\x12\x1d.google.protobuf.FieldOptions\x18\xe2\x89\x03 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'quantplane.v1.annotations_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_STRATEGYSCOPE']._serialized_start=133
+  _globals['_STRATEGYSCOPE']._serialized_end=286
   _globals['_PERMISSION']._serialized_start=84
   _globals['_PERMISSION']._serialized_end=130
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,7 @@ isort:skip_file
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pb2 as _descriptor_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf.internal import extension_dict as _extension_dict
 import builtins as _builtins
 import sys
@@ -18,6 +19,44 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _StrategyScope:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StrategyScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StrategyScope.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STRATEGY_SCOPE_UNSPECIFIED: _StrategyScope.ValueType  # 0
+    """Not said: a bound key may not call it."""
+    STRATEGY_SCOPE_NONE: _StrategyScope.ValueType  # 1
+    """Of none: a bound key may call it as any other."""
+    STRATEGY_SCOPE_REQUEST: _StrategyScope.ValueType  # 2
+    """Of those that the request names, in fields strategy_id or strategy_ids at any
+    depth. A bound key may name its own only; where it names none, its own is
+    meant.
+    """
+    STRATEGY_SCOPE_RESOURCE: _StrategyScope.ValueType  # 3
+    """Of what the call finds. To a bound key everything else is not there."""
+    STRATEGY_SCOPE_ALL: _StrategyScope.ValueType  # 4
+    """Of all of them, or of the account: a bound key may not call it."""
+
+class StrategyScope(_StrategyScope, metaclass=_StrategyScopeEnumTypeWrapper):
+    """What of a strategy a call is about."""
+
+STRATEGY_SCOPE_UNSPECIFIED: StrategyScope.ValueType  # 0
+"""Not said: a bound key may not call it."""
+STRATEGY_SCOPE_NONE: StrategyScope.ValueType  # 1
+"""Of none: a bound key may call it as any other."""
+STRATEGY_SCOPE_REQUEST: StrategyScope.ValueType  # 2
+"""Of those that the request names, in fields strategy_id or strategy_ids at any
+depth. A bound key may name its own only; where it names none, its own is
+meant.
+"""
+STRATEGY_SCOPE_RESOURCE: StrategyScope.ValueType  # 3
+"""Of what the call finds. To a bound key everything else is not there."""
+STRATEGY_SCOPE_ALL: StrategyScope.ValueType  # 4
+"""Of all of them, or of the account: a bound key may not call it."""
+Global___StrategyScope: _TypeAlias = StrategyScope  # noqa: Y015
+
 @_typing.final
 class Permission(_message.Message):
     """What a caller must be permitted to do before a method runs."""
@@ -29,9 +68,7 @@ class Permission(_message.Message):
     resource: _builtins.str
     """The resource of the `permissions` table, for example "market_data"."""
     action: _builtins.str
-    """The action on it: "read", "publish", "create", "update" or
-    "delete".
-    """
+    """The action on it: "read", "publish", "create", "update" or "delete"."""
     def __init__(
         self,
         *,
@@ -48,15 +85,27 @@ Global___Permission: _TypeAlias = Permission  # noqa: Y015
 
 PERMISSION_FIELD_NUMBER: _builtins.int
 LONG_RUNNING_FIELD_NUMBER: _builtins.int
+OPEN_TO_ALL_FIELD_NUMBER: _builtins.int
+STRATEGY_SCOPE_FIELD_NUMBER: _builtins.int
+OPEN_TO_KNOWN_FIELD_NUMBER: _builtins.int
 IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
 permission: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, Global___Permission]
-"""Every method declares its permission and the standard idempotency_level;
-the server's authorisation and the client's retries read both from here.
+"""Every method declares the standard idempotency_level, its strategy_scope, and
+who may call it by one of permission, open_to_known and open_to_all. The
+server's authorisation and the client's retries read them from here.
 """
 long_running: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, _builtins.bool]
 """The call takes time with what is stored: no client ends it by itself, so
 callers choose a deadline.
 """
+open_to_all: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, _builtins.bool]
+"""Anybody may call it, known or not."""
+strategy_scope: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, Global___StrategyScope.ValueType]
+"""What of a strategy a call is about. It decides what a key that is bound to
+one strategy may do with it.
+"""
+open_to_known: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, _builtins.bool]
+"""Everybody may call it who is known, whatever the role."""
 idempotency_key: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.FieldOptions, _builtins.bool]
 """The key that makes a retry of a call safe: the same key and the same body
 give the first answer again. Whoever calls chooses it before the first try;

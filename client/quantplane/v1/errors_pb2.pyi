@@ -132,6 +132,35 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ABORTED. What the etag was read of has changed since (metadata.etag is the
     etag now; empty: it is gone). Read it again and decide anew.
     """
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 27
+    """UNAUTHENTICATED. The call comes without a credential, or with one that is
+    not, or no longer, good: it is damaged, expired or revoked, or its user is
+    disabled (all are told alike). Log in again, or use another key.
+    """
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 28
+    """PERMISSION_DENIED. The caller's role does not permit it (metadata.resource,
+    metadata.action), or the key is bound to another strategy
+    (metadata.strategy_id). Have an admin grant it, or use another key.
+    """
+    ERROR_REASON_LOGIN_LOCKED: _ErrorReason.ValueType  # 29
+    """RESOURCE_EXHAUSTED. Too many logins have failed; google.rpc.RetryInfo says
+    when to try again.
+    """
+    ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 30
+    """RESOURCE_EXHAUSTED. The caller makes more calls than are allowed, or its
+    address sends more wrong credentials (metadata.limit); google.rpc.RetryInfo
+    says when to try again.
+    """
+    ERROR_REASON_UNKNOWN_USER: _ErrorReason.ValueType  # 31
+    """NOT_FOUND. There is no such user (metadata.username)."""
+    ERROR_REASON_UNKNOWN_KEY: _ErrorReason.ValueType  # 32
+    """NOT_FOUND. There is no such API key (metadata.key_id)."""
+    ERROR_REASON_EMAIL_TAKEN: _ErrorReason.ValueType  # 33
+    """ALREADY_EXISTS. Another user has this address (metadata.email)."""
+    ERROR_REASON_LAST_ADMIN: _ErrorReason.ValueType  # 34
+    """FAILED_PRECONDITION. Nobody who may do everything would be left. Let another
+    user have such a role first.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call was refused: the `reason` of the google.rpc.ErrorInfo that comes
@@ -248,5 +277,34 @@ ListConfigurations has all.
 ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 26
 """ABORTED. What the etag was read of has changed since (metadata.etag is the
 etag now; empty: it is gone). Read it again and decide anew.
+"""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 27
+"""UNAUTHENTICATED. The call comes without a credential, or with one that is
+not, or no longer, good: it is damaged, expired or revoked, or its user is
+disabled (all are told alike). Log in again, or use another key.
+"""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 28
+"""PERMISSION_DENIED. The caller's role does not permit it (metadata.resource,
+metadata.action), or the key is bound to another strategy
+(metadata.strategy_id). Have an admin grant it, or use another key.
+"""
+ERROR_REASON_LOGIN_LOCKED: ErrorReason.ValueType  # 29
+"""RESOURCE_EXHAUSTED. Too many logins have failed; google.rpc.RetryInfo says
+when to try again.
+"""
+ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 30
+"""RESOURCE_EXHAUSTED. The caller makes more calls than are allowed, or its
+address sends more wrong credentials (metadata.limit); google.rpc.RetryInfo
+says when to try again.
+"""
+ERROR_REASON_UNKNOWN_USER: ErrorReason.ValueType  # 31
+"""NOT_FOUND. There is no such user (metadata.username)."""
+ERROR_REASON_UNKNOWN_KEY: ErrorReason.ValueType  # 32
+"""NOT_FOUND. There is no such API key (metadata.key_id)."""
+ERROR_REASON_EMAIL_TAKEN: ErrorReason.ValueType  # 33
+"""ALREADY_EXISTS. Another user has this address (metadata.email)."""
+ERROR_REASON_LAST_ADMIN: ErrorReason.ValueType  # 34
+"""FAILED_PRECONDITION. Nobody who may do everything would be left. Let another
+user have such a role first.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -10,6 +10,7 @@ class Submit(NamedTuple):
 
     order: pb.NewOrder
     trace_id: str = ""
+    confined: bool = False  # by who does not see the signals of other strategies
 
 
 class Change(NamedTuple):

@@ -96,20 +96,21 @@ class Round:
         await self._write()
         return outcomes
 
-    async def check(self, new: pb.NewOrder) -> float | None:
+    async def check(self, submit: Submit) -> float | None:
         """Raise what submitting an order would; return its notional, if there is a
         price. Nothing is written."""
+        new = submit.order
         name = _name(new)
         self._keys = await queries.keys_of(self._conn, [name])
         if key := self._keys.get(name):
             created = {key.order_id: key.created_at}
             self._orders = await queries.orders_at(self._conn, created)
-            self._submit(Submit(new))
+            self._submit(submit)
         order = lifecycle.created(new, new_id(), self._at, "")
         terms = terms_of(order)
         if not key:
             await self._read_signals([new])
-            self._check_signal(new)
+            self._check_signal(submit)
             await self._read_exposure(_limited(self._bounds))
             if breach := self._breach(order, terms, None):
                 raise _risk_error(lifecycle.denied(order, breach.code, breach.text))
@@ -170,7 +171,7 @@ class Round:
                 raise KeyReused("client_order_id", new.client_order_id)
             return _again(self._order(key.order_id))
         try:
-            self._check_signal(new)
+            self._check_signal(submit)
         except QuantplaneError as error:
             if not self._taken:  # the order may be there, from when its signal was good
                 raise NameTaken from error
@@ -188,10 +189,13 @@ class Round:
         self._happened(pb.ORDER_EVENT_TYPE_CREATED, order, submit.trace_id)
         return Done(order, duplicate=False)
 
-    def _check_signal(self, new: pb.NewOrder) -> None:
+    def _check_signal(self, submit: Submit) -> None:
+        new = submit.order
         if not new.signal_id:
             return
         signal = self._signals.get(new.signal_id)
+        if signal and submit.confined and signal.strategy_id != new.strategy_id:
+            signal = None
         if signal is None:
             raise UnknownSignal(new.signal_id)
         for field in ("strategy_id", "symbol"):

@@ -27,6 +27,7 @@ from quantplane_server.orders.streams import OrderStream
 from quantplane_server.orders.writer import Writer
 from quantplane_server.pages import begin, token_behind
 from quantplane_server.portfolio import queries as portfolio
+from quantplane_server.principal import bound, may_see
 from quantplane_server.rpc.interceptor import Context, Serialised
 from quantplane_server.rpc.trace import trace_id
 from quantplane_server.signals import queries as signals
@@ -60,7 +61,8 @@ class OrderService(rpc.OrderServiceServicer):
         self, request: pb.SubmitOrderRequest, context: Context
     ) -> pb.SubmitOrderResponse:
         checks.check_new_order(request.order)
-        done = await self._do(Submit(request.order, trace_id(context)))
+        submit = Submit(request.order, trace_id(context), bool(bound()))
+        done = await self._do(submit)
         return pb.SubmitOrderResponse(order=done.order, duplicate=done.duplicate)
 
     async def SubmitOrders(
@@ -75,7 +77,8 @@ class OrderService(rpc.OrderServiceServicer):
         self, request: pb.ValidateOrderRequest, context: Context
     ) -> pb.ValidateOrderResponse:
         checks.check_new_order(request.order)
-        notional = await self._writer.validate(request.order)
+        submit = Submit(request.order, confined=bool(bound()))
+        notional = await self._writer.validate(submit)
         return pb.ValidateOrderResponse(notional=notional)
 
     async def CancelOrder(
@@ -178,7 +181,8 @@ class OrderService(rpc.OrderServiceServicer):
                 yield message
 
     async def _named(self, request: Any) -> pb.Order:
-        """Return the order that a request names. Raises UnknownOrder."""
+        """Return the order that a request names. Raises UnknownOrder, also where it is
+        not the caller's to see."""
         async with self._db.connection() as conn:
             if request.WhichOneof("id") == "order_id":
                 name, metadata = request.order_id, {"order_id": request.order_id}
@@ -187,7 +191,7 @@ class OrderService(rpc.OrderServiceServicer):
                 key = request.client_order_id.client_order_id
                 name, metadata = repr(key), {"client_order_id": key}
                 order = await _of_client(conn, request.client_order_id)
-        if order is None:
+        if order is None or not may_see(order.strategy_id):
             raise UnknownOrder(name, **metadata)
         return order
 
@@ -197,7 +201,7 @@ def submit_or_error(order: pb.NewOrder, trace: str) -> Submit | QuantplaneError:
         checks.check_new_order(order, at="")
     except InvalidRequest as error:
         return error
-    return Submit(order, trace)
+    return Submit(order, trace, bool(bound()))
 
 
 async def do_each(
@@ -232,16 +236,19 @@ async def _of_client(conn: Connection, id: pb.ClientOrderId) -> pb.Order | None:
 async def _origin(
     conn: Connection, request: pb.GetLineageRequest
 ) -> tuple[pb.Signal | None, list[pb.Order]]:
-    """Return the signal, if there is one, and its orders."""
+    """Return the signal, if there is one, and its orders: what the caller may see."""
     signal_id = request.signal_id
     if request.WhichOneof("id") == "order_id":
         order = await queries.order(conn, request.order_id)
-        if order is None:
+        if order is None or not may_see(order.strategy_id):
             raise UnknownOrder(request.order_id, order_id=request.order_id)
         if not order.signal_id:
             return None, [order]
         signal_id = order.signal_id
     signal = (await signals.find(conn, [signal_id])).get(signal_id)
+    if signal and not may_see(signal.strategy_id):
+        signal = None
     if signal is None and request.WhichOneof("id") == "signal_id":
         raise UnknownSignal(signal_id)
-    return signal, await queries.of_signal(conn, signal_id, MAX_LINEAGE + 1)
+    orders = await queries.of_signal(conn, signal_id, MAX_LINEAGE + 1)
+    return signal, [order for order in orders if may_see(order.strategy_id)]

@@ -53,12 +53,12 @@ class Writer:
         """Return what came of each: it is committed. Raises Overloaded."""
         return await self._rounds.do(commands)
 
-    async def validate(self, order: pb.NewOrder) -> float | None:
+    async def validate(self, submit: Submit) -> float | None:
         """Raise what submitting an order would now; return its notional, if known."""
-        limits = await self._limits([Submit(order)])
-        bounds = Bounds(limits, await self._latest_quotes([order.symbol]))
+        limits = await self._limits([submit])
+        bounds = Bounds(limits, await self._latest_quotes([submit.order.symbol]))
         async with self._db.transaction("repeatable_read", readonly=True) as conn:
-            return await Round(conn, bounds).check(order)
+            return await Round(conn, bounds).check(submit)
 
     async def run(self) -> None:
         """Tell who watches portfolios that executions were booked, until cancelled."""

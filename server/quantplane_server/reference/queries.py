@@ -100,17 +100,22 @@ async def strategies_after(
     strategy_id: str,
     statuses: Sequence[str],
     types: Sequence[str],
+    only: str,
     limit: int,
 ) -> AsyncIterator[pb.Strategy]:
-    """Yield strategies behind an id, in order of their ids; in a transaction."""
+    """Yield strategies behind an id, in order of their ids; in a transaction.
+
+    With `only`, that one alone.
+    """
     query = f"""
         SELECT {STRATEGIES.selected} FROM strategies
          WHERE strategy_id > $1 COLLATE "C"
            AND (status = ANY ($2) OR cardinality($2::text[]) = 0)
            AND (type = ANY ($3) OR cardinality($3::text[]) = 0)
-         ORDER BY strategy_id COLLATE "C" LIMIT $4
+           AND (strategy_id = $4 OR $4 = '')
+         ORDER BY strategy_id COLLATE "C" LIMIT $5
     """
-    args = (strategy_id, statuses, types, limit)
+    args = (strategy_id, statuses, types, only, limit)
     async for row in conn.cursor(query, *args, prefetch=FETCH):
         yield _strategy(row)
         await asyncio.sleep(0)

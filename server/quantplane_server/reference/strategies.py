@@ -9,6 +9,7 @@ from quantplane.v1 import strategies_pb2_grpc as rpc
 from quantplane_server.coalescing import Coalescer
 from quantplane_server.db import Database
 from quantplane_server.errors import UnknownStrategy
+from quantplane_server.principal import bound
 from quantplane_server.reference import changes, checks, pages, queries
 from quantplane_server.reference.queries import STRATEGIES
 from quantplane_server.rpc.caller import caller
@@ -91,7 +92,7 @@ class StrategyService(rpc.StrategyServiceServicer):
         behind, limit = pages.begin(self._tokens, request)
         async with self._db.transaction(readonly=True) as conn:
             rows = queries.strategies_after(
-                conn, behind, request.statuses, request.types, limit + 1
+                conn, behind, request.statuses, request.types, bound(), limit + 1
             )
             page, more = await pages.cut(rows, limit)
         response = pb.ListStrategiesResponse(strategies=page)

@@ -4,18 +4,21 @@ import re
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from quantplane_server.principal import PRINCIPAL as PRINCIPAL
+from quantplane_server.principal import Principal as Principal
+from quantplane_server.principal import principal as principal
 from quantplane_server.rpc.interceptor import Context
 from quantplane_server.rpc.trace import trace_id
 
 PEER = re.compile(r"ipv[46]:\[?(?P<address>[0-9a-fA-F.:]+?)(%\w+)?\]?:\d+")
 MAX_USER_AGENT = 500  # characters that are kept of it
-ANYONE = "anyone"  # whose calls are not told apart
+NOBODY = ""
 
 
 class Caller(NamedTuple):
     """Where a change comes from, as the audit log keeps it."""
 
-    name: str = ANYONE
+    name: str = NOBODY  # of the user
     user_id: str | None = None
     address: str | None = None  # None: not from a network
     user_agent: str = ""
@@ -24,15 +27,19 @@ class Caller(NamedTuple):
 
 def caller(context: Context) -> Caller:
     """Return who makes a call."""
-    peer = PEER.fullmatch(unquote(context.peer()))
     metadata = dict(context.invocation_metadata() or ())
+    agent = str(metadata.get("user-agent", ""))[:MAX_USER_AGENT]
+    known = principal()
     return Caller(
-        address=peer["address"] if peer else None,
-        user_agent=_printable(str(metadata.get("user-agent", ""))[:MAX_USER_AGENT]),
+        name=known.username if known else NOBODY,
+        user_id=known.user_id if known else None,
+        address=address(context),
+        user_agent="".join(c if c.isprintable() else "\ufffd" for c in agent),
         trace_id=trace_id(context),
     )
 
 
-def _printable(text: str) -> str:
-    """Return it with a mark where a terminal would obey, or the database refuse."""
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+def address(context: Context) -> str | None:
+    """Return where a call comes from; None: not from a network."""
+    peer = PEER.fullmatch(unquote(context.peer()))
+    return peer["address"] if peer else None

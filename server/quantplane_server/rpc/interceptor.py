@@ -1,13 +1,15 @@
-"""One adapter that turns a context manager around a call into an interceptor.
+"""One adapter that turns context managers around a call into an interceptor.
 
 A layer is an async context manager: what it does before `yield` happens before the
 handler, what it does after happens after, and it sees the handler's exceptions. The
-adapter fits it to the four shapes of RPC. Handlers of streams are generators.
+guard's is the inner one, and may yield a function that each request of the call must
+pass. The adapter fits them to the four shapes of RPC.
 """
 
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing
-from typing import Any, NamedTuple, TypeAlias
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
@@ -16,6 +18,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 # A response's bytes, ready-made, where the stubs know only messages.
 Serialised: TypeAlias = Any
 
+REQUEST_S = 10.0  # in which the request of a caller who is not known must come
+
 
 class Call(NamedTuple):
     method: str  # "/quantplane.v1.MarketDataService/ListBars"
@@ -23,13 +27,35 @@ class Call(NamedTuple):
 
 
 Layer = Callable[[Call], AbstractAsyncContextManager[None]]
+Receive = Callable[[Any], None]  # raises for a request that is refused
+
+
+class Guard(Protocol):
+    """Lets calls in, or refuses them."""
+
+    def layer(self, call: Call) -> AbstractAsyncContextManager[Receive | None]: ...
+
+    def knows(self, details: grpc.HandlerCallDetails) -> bool:
+        """Tell whether a call that begins is of somebody known."""
+
+
+class Unguarded:
+    """Lets anybody call anything."""
+
+    @asynccontextmanager
+    async def layer(self, call: Call) -> AsyncIterator[None]:
+        yield
+
+    def knows(self, details: grpc.HandlerCallDetails) -> bool:
+        return True
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Runs `layer` around every call of the package's own services."""
+    """Runs `layer`, and that of the guard in it, around every call."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, guard: Guard | None = None) -> None:
         self._layer = layer
+        self._guard = guard or Unguarded()
 
     async def intercept_service(
         self,
@@ -37,8 +63,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
         details: grpc.HandlerCallDetails,
     ) -> Any:
         handler: Any = await continuation(details)
-        if handler is None or not details.method.startswith("/quantplane."):
-            return handler
+        if handler is None:
+            return None
+        if not (handler.request_streaming or self._guard.knows(details)):
+            return self._ahead(handler, details.method)
         if handler.response_streaming:
             return self._around_stream(handler, details.method)
         return self._around_unary(handler, details.method)
@@ -47,8 +75,9 @@ class Interceptor(grpc.aio.ServerInterceptor):
         respond = handler.stream_unary or handler.unary_unary
 
         async def wrapped(request: Any, context: Context) -> Any:
-            async with self._layer(Call(method, context)):
-                return await respond(request, context)
+            call = Call(method, context)
+            async with self._layer(call), self._guard.layer(call) as receive:
+                return await respond(_received(request, receive), context)
 
         field = "stream_unary" if handler.request_streaming else "unary_unary"
         return handler._replace(**{field: wrapped})
@@ -57,16 +86,71 @@ class Interceptor(grpc.aio.ServerInterceptor):
         respond = handler.stream_stream or handler.unary_stream
 
         async def wrapped(request: Any, context: Context) -> None:
-            async with self._layer(Call(method, context)):
-                async with aclosing(respond(request, context)) as responses:
-                    async for response in responses:
-                        try:
-                            await context.write(response)
-                        except grpc.aio.InternalError:
-                            return  # the reader has gone
+            call = Call(method, context)
+            async with self._layer(call), self._guard.layer(call) as receive:
+                await _write(respond(_received(request, receive), context), context)
 
         field = "stream_stream" if handler.request_streaming else "unary_stream"
         return handler._replace(**{field: wrapped}, response_serializer=serialized)
+
+    def _ahead(self, handler: Any, method: str) -> Any:
+        """Check a call ahead of its request, which otherwise comes before anything.
+
+        So nobody who is not known holds a call with a request that never comes. It is
+        served as a stream of requests would be: there is no difference to the peer.
+        """
+
+        async def wrapped(requests: AsyncIterator[Any], context: Context) -> None:
+            call = Call(method, context)
+            async with self._layer(call), self._guard.layer(call) as receive:
+                request = _received(await _only(requests, context), receive)
+                if handler.response_streaming:
+                    await _write(handler.unary_stream(request, context), context)
+                else:
+                    await context.write(await handler.unary_unary(request, context))
+
+        deserialize = handler.request_deserializer
+        return grpc.stream_stream_rpc_method_handler(wrapped, deserialize, serialized)
+
+
+def _received(request: Any, receive: Receive | None) -> Any:
+    """Have a request, or each of a stream of them, pass."""
+    if receive is None:
+        return request
+    if isinstance(request, Message):
+        receive(request)
+        return request
+    return _each_received(request, receive)
+
+
+async def _each_received(requests: Any, receive: Receive) -> AsyncIterator[Any]:
+    async for request in requests:
+        receive(request)
+        yield request
+
+
+async def _only(requests: AsyncIterator[Any], context: Context) -> Any:
+    try:
+        async with asyncio.timeout(REQUEST_S):
+            return await anext(aiter(requests))
+    except TimeoutError:
+        code = grpc.StatusCode.DEADLINE_EXCEEDED
+        await context.abort(code, f"no request came in {REQUEST_S:g} s")
+    except StopAsyncIteration:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "there is no request")
+
+
+async def _write(responses: Any, context: Context) -> None:
+    """Write what a handler yields, unless it writes by itself, as that of health."""
+    if not isinstance(responses, AsyncIterator):
+        await responses
+        return
+    async with aclosing(responses):  # type: ignore[type-var]
+        async for response in responses:
+            try:
+                await context.write(response)
+            except grpc.aio.InternalError:
+                return  # the reader has gone
 
 
 def serialized(response: Message | bytes) -> bytes:

@@ -16,6 +16,7 @@ from quantplane_server.fanout import varint
 from quantplane_server.log import Entry, Logs, append
 from quantplane_server.log_stream import LogStream
 from quantplane_server.pages import begin, token_behind
+from quantplane_server.principal import may_see
 from quantplane_server.rpc.interceptor import Context, Serialised
 from quantplane_server.rpc.trace import trace_id
 from quantplane_server.signals import checks, queries
@@ -183,9 +184,9 @@ async def _claim(conn: Connection, signals: Sequence[pb.Signal]) -> None:
 
 
 async def _found(conn: Connection, signal_id: str, lock: bool = False) -> pb.Signal:
-    """Return a signal. Raises UnknownSignal."""
+    """Return a signal. Raises UnknownSignal, also for one that is not the caller's."""
     found = await queries.find(conn, [signal_id], lock)
-    if signal_id not in found:
+    if signal_id not in found or not may_see(found[signal_id].strategy_id):
         raise UnknownSignal(signal_id)
     return found[signal_id]
 
