@@ -175,7 +175,9 @@ def test_clients_know_nothing_of_the_server():
 def test_only_clients_use_the_client():
     allowed = {"quantplane.ids", "quantplane.ids.new_id"}
     # Files and variables that both sides know, and the health check's channel.
-    common = ("quantplane.v1", "quantplane.tls", "quantplane.credentials")
+    common = tuple(
+        f"quantplane.{name}" for name in ("v1", "tls", "credentials", "state")
+    )
     for path, names in modules():
         client = {
             name

@@ -8,11 +8,13 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 import grpc
 import psutil
 import pytest
+from pydantic import ValidationError
 
 from quantplane import Client
 from quantplane import v1 as pb
@@ -97,6 +99,10 @@ def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.delenv("QUANTPLANE_API_KEY")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     return tmp_path / "quantplane"
+
+
+def modes(*paths: Path) -> list[int]:
+    return [S_IMODE(path.stat().st_mode) for path in paths]
 
 
 def files(folder: Path) -> list[Path]:
@@ -237,6 +243,45 @@ async def test_what_is_not_set_or_not_there_is_one_sentence(
     both = ("--commission-bps", "1", "--commission-per-unit", "1")
     assert "use one of" in await failed("paper", *both)
     assert "QUANTPLANE_CAP_MB" in await failed("serve", QUANTPLANE_CAP_MB="x")
+    refused = postgres_dsn.replace("//quantplane@", "//nobody@")
+    for command in ("migrate", "record"):
+        told = await failed(command, **real | {"QUANTPLANE_POSTGRES_DSN": refused})
+        assert told.endswith('the database refused: role "nobody" does not exist')
+
+
+async def test_a_password_that_makes_no_url_is_not_repeated():
+    told = await failed(
+        "serve", QUANTPLANE_REDIS_URL="redis://app:hunter#2@127.0.0.1:1"
+    )
+    assert "QUANTPLANE_REDIS_URL: must be redis or rediss or unix://" in told
+    assert "hunter" not in told
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "postgresql://app:hunter/2@127.0.0.1:1/x",
+        "postgresql://app:hunter?2@127.0.0.1:1/x",
+        "postgresql://app:12/hunter@127.0.0.1:1/x",
+        "postgresql://[hunter@127.0.0.1:1/x",
+        "app:hunter@127.0.0.1/x",
+        "host=127.0.0.1 password=hunter",
+    ],
+)
+def test_what_is_no_url_is_refused_and_not_repeated(dsn: str):
+    with pytest.raises(ValidationError, match="must be postgresql or") as caught:
+        Settings(postgres_dsn=dsn)
+    assert "hunter" not in str(caught.value)
+
+
+def test_what_is_a_url_is_taken():
+    for dsn in (
+        *("", "postgresql:///x?host=/tmp/s", "postgres://app@[::1]:5432/x"),
+        *("postgresql://app:hunter%2F2@a:1,b:2/x", "postgresql://app:p@ss@a/x?b=c"),
+    ):
+        assert Settings(postgres_dsn=dsn).postgres_dsn == dsn
+    for url in ("unix:///tmp/s", "unix://app:x@/tmp/s?db=1", "rediss://:x@a:1/0"):
+        assert Settings(redis_url=url).redis_url == url
 
 
 # --- the keys of `up` ---------------------------------------------------------
@@ -250,6 +295,7 @@ async def test_the_keys_of_up_are_of_its_user_and_in_no_argument(
         target = await run.ready()
         (file,) = files(no_key)
         assert file.name == f"up-{target.rpartition(':')[2]}.key"
+        assert modes(no_key, file) == [0o700, 0o600]
         key = file.read_text().strip()
         async with Client(target, token=key) as client:
             known = await client.auth.WhoAmI(pb.WhoAmIRequest())
@@ -303,3 +349,40 @@ async def test_beyond_loopback_up_leaves_no_key(settings: Settings, no_key: Path
     async with started("up", "--insecure", **environment) as run:
         await run.ready()  # the broker too, which reaches it by loopback
         assert not files(no_key)
+        run.process.terminate()
+        _, err = await run.process.communicate()
+    assert b"`quantplane-server key create local NAME` makes one" in err
+
+
+@pytest.fixture
+def open_file(no_key: Path) -> Path:
+    """A file for the key of some port, which others may read."""
+    no_key.mkdir()
+    file = no_key / f"up-{free_port()}.key"
+    file.write_text("qp_known")
+    file.chmod(0o644)
+    return file
+
+
+async def test_a_file_that_others_could_read_is_replaced_by_up(
+    settings: Settings, open_file: Path
+):
+    port = open_file.stem.removeprefix("up-")
+    environment = settings.environment() | {"QUANTPLANE_LISTEN": f"127.0.0.1:{port}"}
+    async with started("up", "--no-paper", **environment) as run:
+        async with Client(await run.ready()) as client:
+            await client.auth.WhoAmI(pb.WhoAmIRequest())
+        assert modes(open_file) == [0o600]
+
+
+async def test_up_goes_on_where_there_is_no_home(settings: Settings, tmp_path: Path):
+    home = tmp_path / "home"
+    home.touch()  # nobody makes a folder in it, not even root
+    environment = settings.environment() | {"XDG_STATE_HOME": str(home)}
+    async with started("up", "--no-paper", **environment) as run:
+        await run.ready()
+        run.process.terminate()
+        _, err = await run.process.communicate()
+    assert run.process.returncode == 0
+    assert b"can't be written" in err
+    assert b"`quantplane-server key create local NAME` makes one" in err

@@ -199,16 +199,17 @@ def local_name(target: str) -> str | None:
 
 
 @contextmanager
-def left_key(address: str, key: str) -> Iterator[None]:
+def left_key(address: str, key: str) -> Iterator[bool]:
     """Leave the key of a server for its user's programs while the block runs.
 
-    Only on loopback. Another server's may be there by the end: it stays.
+    Only on loopback, and where there is a home: yields whether it did. Another
+    server's may be there by the end: it stays. Raises StateProblem.
     """
     name = local_name(address)
     if name:
         state.write(name, f"{key}\n")
     try:
-        yield
+        yield name is not None
     finally:
         if name and (state.read(name) or "").strip() == key:
             state.remove(name)

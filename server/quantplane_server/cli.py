@@ -17,12 +17,15 @@ from getpass import getpass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
+import asyncpg
 import grpc
 import typer
 import uvloop
 from pydantic import ValidationError
+from sqlalchemy.exc import DBAPIError
 
 from quantplane.credentials import left_key
+from quantplane.state import StateProblem
 from quantplane.tls import explain
 from quantplane_server import backup as backups
 from quantplane_server import bus as buses
@@ -418,7 +421,7 @@ async def _traded(
     """Serve, with a paper broker and the demo's strategy if wanted."""
     async with AsyncExitStack() as stack:
         address = await stack.enter_async_context(_served(settings, workers))
-        stack.enter_context(left_key(address, keys.admin))
+        _leave(keys.admin, address, stack)
         target = _reached(address)
         commands = [(["paper"], keys.broker)] if with_paper else []
         if with_strategy:
@@ -430,6 +433,17 @@ async def _traded(
             child = Child(*command, settings=settings, api_key=key)
             await stack.enter_async_context(child.running())
         yield address
+
+
+def _leave(key: str, address: str, stack: AsyncExitStack) -> None:
+    """Leave the key for this user's programs, or say how else they get one."""
+    try:
+        if stack.enter_context(left_key(address, key)):
+            return
+        problem = f"no key for {address} is left for this user's programs"
+    except StateProblem as error:
+        problem = str(error)
+    logger.warning("%s; `quantplane-server key create local NAME` makes one", problem)
 
 
 def _reached(address: str) -> str:
@@ -562,6 +576,8 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
         _fail(str(error))
     except databases.UNAVAILABLE + buses.UNAVAILABLE as error:
         _fail(f"a backend can't be reached: {error}")
+    except (asyncpg.PostgresError, DBAPIError) as error:
+        _fail(f"the database refused: {getattr(error, 'orig', None) or error}")
 
 
 def _fail(message: str) -> NoReturn:

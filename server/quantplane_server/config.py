@@ -1,14 +1,43 @@
 """Settings: read once from QUANTPLANE_* variables, overridden by command-line flags."""
 
 import re
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, TypeAlias
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import AfterValidator, PositiveFloat, PositiveInt
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ADDRESS = re.compile(r"(?:\[(?P<v6>[^]]*)]|(?P<host>[^:]*)):[0-9]+")
+
+
+# A password with characters that divide a URL is taken for a host, a port or a path,
+# and who reports that one of these is wrong repeats it.
+HOST = r"(\[[^]@]*]|[^]@:/?#\[,]*)(:\d*)?"
+URL = re.compile(rf"(?P<scheme>\w+)://([^/?#\[\]]*@)?{HOST}(,{HOST})*([/?#][^@]*)?")
+
+
+def _check_url(schemes: tuple[str, ...], text: str) -> str:
+    """Return a URL, or "". Raises an error that does not repeat it."""
+    match = URL.fullmatch(text)
+    if text and (match is None or match["scheme"] not in schemes):
+        raise PydanticCustomError(
+            "url",
+            "must be {schemes}://USER:PASSWORD@HOST..., where / ? # [ ] in a password"
+            " are %2F %3F %23 %5B %5D",
+            {"schemes": " or ".join(schemes)},
+        )
+    return text
+
+
+Dsn: TypeAlias = Annotated[
+    str, AfterValidator(partial(_check_url, ("postgresql", "postgres")))
+]
+RedisUrl: TypeAlias = Annotated[
+    str, AfterValidator(partial(_check_url, ("redis", "rediss", "unix")))
+]
 
 
 class TlsFiles(NamedTuple):
@@ -22,7 +51,9 @@ class TlsFiles(NamedTuple):
 class Settings(BaseSettings):
     """What a server can be told. Each field is the variable QUANTPLANE_<FIELD>."""
 
-    model_config = SettingsConfigDict(env_prefix="quantplane_", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="quantplane_", extra="ignore", hide_input_in_errors=True
+    )
 
     listen: str = "127.0.0.1:50051"
     """Host and port; port 0 takes a free one."""
@@ -34,11 +65,11 @@ class Settings(BaseSettings):
     """PEM file of the CA that must have signed clients' certificates. None: no need."""
     insecure: bool = False
     """Plaintext may be served beyond loopback."""
-    postgres_dsn: str | None = None
+    postgres_dsn: Dsn | None = None
     """A real server's. None: `up` brings its own."""
-    reference_dsn: str | None = None
+    reference_dsn: Dsn | None = None
     """Of users, strategies and the like. None: they live with the time series."""
-    redis_url: str | None = None
+    redis_url: RedisUrl | None = None
     """A real server's (Valkey 8, Redis 7 or newer). None: `up` brings its own."""
     data_dir: Path = Path(".quantplane")
     """Where `up` keeps its own PostgreSQL and Valkey."""

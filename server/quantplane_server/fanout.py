@@ -13,7 +13,7 @@ The two queues differ in what they do with a reader that is too slow:
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from typing import NamedTuple
 
@@ -231,7 +231,10 @@ class Fanout:
         heads = self.heads
         while self._tail is me:
             try:
-                await self._check_heads()
+                found = await self._bus.heads(heads)
+                if self._tail is not me:
+                    return
+                self._check_heads(found)
                 async with aclosing(self._bus.follow(heads)) as pages:
                     async for shard, entries in pages:
                         if self._tail is not me:
@@ -244,9 +247,9 @@ class Fanout:
                 logger.exception("following the bus failed, trying again")
             await asyncio.sleep(RETRY_S)
 
-    async def _check_heads(self) -> None:
+    def _check_heads(self, found: Mapping[int, Position]) -> None:
         """Find shards that went back behind what was already delivered."""
-        for shard, head in (await self._bus.heads(self.heads)).items():
+        for shard, head in found.items():
             known = self.heads[shard]
             if head < known or (head.epoch != known.epoch and known != START):
                 self.heads[shard] = head

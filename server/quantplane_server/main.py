@@ -33,6 +33,7 @@ from quantplane_server.identity.auth import AuthService
 from quantplane_server.identity.directory import TOPIC, Directory
 from quantplane_server.identity.logins import Logins
 from quantplane_server.identity.passwords import Passwords
+from quantplane_server.identity.queries import usernames
 from quantplane_server.identity.refusals import Refusals
 from quantplane_server.identity.sessions import Sessions
 from quantplane_server.identity.upkeep import Upkeep
@@ -112,6 +113,14 @@ OPTIONS = [
 ]
 
 
+def _without_metadata(record: logging.LogRecord) -> bool:
+    """Keep what gRPC says, but for metadata that is no UTF-8: a key may be in it."""
+    return not str(record.msg).startswith("Invalid encoding on")
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_without_metadata)
+
+
 @asynccontextmanager
 async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator[str]:
     """Serve while the block runs; yield the address. Drains at the end.
@@ -156,7 +165,7 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
             "PortfolioService": PortfolioService(
                 db, reference, quotes, watches, tokens, streams, order_drifts
             ),
-            "AuditService": AuditService(reference, tokens),
+            "AuditService": AuditService(reference, tokens, usernames),
             "StrategyService": strategies,
             "ConfigurationService": ConfigurationService(reference, tokens),
             "AdminService": AdminService(

@@ -12,7 +12,6 @@ from typing import Any
 from quantplane import v1 as pb
 from quantplane_server.checks import LAST
 from quantplane_server.db import Database
-from quantplane_server.errors import KeyReused
 from quantplane_server.identity import changes, checks, queries
 from quantplane_server.identity.changes import By
 from quantplane_server.identity.passwords import Passwords
@@ -45,7 +44,7 @@ async def add_user(
     async with reference(dsn) as db:
         _, is_new = await changes.create_user(db, BY, user, hash)
     if not is_new:
-        raise KeyReused("username", username)
+        raise ValueError(f"there is a user {username!r} already")
 
 
 async def set_password(dsn: str, username: str, password: str) -> None:

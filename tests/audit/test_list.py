@@ -76,6 +76,7 @@ async def test_an_entry_is_told_as_it_is(
     expected = pb.AuditLog(
         log_id=log_id,
         user_id=str(USERS[1]),
+        username=str(USERS[1]),  # as it is called here
         action="update",
         resource_type="strategy",
         resource_id="momentum",
@@ -106,11 +107,21 @@ MADE: list[dict[str, Any]] = [
         (None, *USERS[:2]), ("create", "TRADE"), ("order", "strategy"), ("a", "b", None)
     )
 ]
+
+
+def column(name: str) -> str:
+    """Return what a filter looks at. The users are called as their ids are."""
+    return "user_id" if name == "usernames" else name.removesuffix("s")
+
+
 FILTERS: list[dict[str, Any]] = [
     {},
     {"user_ids": USERS[:1]},
     {"user_ids": USERS[::-1]},
     {"user_ids": USERS[2:]},
+    {"usernames": USERS[:1]},
+    {"usernames": USERS[1:], "actions": ["create"]},
+    {"usernames": ["nobody"]},
     {"actions": ["create"]},
     {"actions": ["TRADE", "none", "TRADE"]},
     {"resource_types": ["order"]},
@@ -135,11 +146,22 @@ async def test_a_filter_leaves_what_fits_all_of_it(
         expected = [
             log_id
             for log_id, fields in reversed(made)
-            if all(fields[name[:-1]] in values for name, values in wanted.items())
+            if all(fields[column(name)] in values for name, values in wanted.items())
         ]
         request = {name: list(map(str, values)) for name, values in wanted.items()}
         for page_size in (0, 3):
             assert await ids(client, page_size=page_size, **request) == expected, wanted
+
+
+async def test_users_are_found_by_ids_and_by_names(
+    client: Client, connection: asyncpg.Connection
+):
+    made = [
+        await insert(connection, timestamp=at(-n), user_id=user)
+        for n, user in enumerate(USERS)
+    ]
+    both = {"user_ids": [str(USERS[0])], "usernames": [str(USERS[1]), "nobody"]}
+    assert await ids(client, **both) == made[:2]
 
 
 WAYS: list[dict[str, Any]] = [
@@ -298,6 +320,8 @@ BOUND = "must lie between the years 1900 and 9999"
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"user_ids": ["me"]}, "user_ids[0]", ID),
     ({"user_ids": [str(USERS[0])] * 101}, "user_ids", AT_MOST),
+    ({"usernames": ["a"] * 101}, "usernames", AT_MOST),
+    ({"usernames": [""]}, "usernames[0]", NAME),
     ({"actions": ["a"] * 101}, "actions", AT_MOST),
     ({"actions": ["a", ""]}, "actions[1]", NAME),
     ({"resource_types": ["a\0"]}, "resource_types[0]", NAME),

@@ -50,11 +50,11 @@ async def changes(call):
 async def test_changes_are_a_table_the_latest_first(changes, call):
     head, _, *rows = await call("audit")
     assert cells(head) == ["time", "who", "from", "action", "resource", "change"]
-    assert [cells(row)[2:5] for row in rows] == [
-        ["127.0.0.1", "delete", "strategy s"],
-        ["127.0.0.1", "create", "configuration desk.x"],
-        ["127.0.0.1", "update", "strategy s"],
-        ["127.0.0.1", "create", "strategy s"],
+    assert [cells(row)[1:5] for row in rows] == [
+        ["test", "127.0.0.1", "delete", "strategy s"],
+        ["test", "127.0.0.1", "create", "configuration desk.x"],
+        ["test", "127.0.0.1", "update", "strategy s"],
+        ["test", "127.0.0.1", "create", "strategy s"],
     ]
 
 
@@ -86,7 +86,9 @@ async def test_entries_are_chosen_by_what_they_are(changes, call):
         "--type configuration --type order": ["create"],
         "--id s --id desk.x": ["delete", "create", "update", "create"],
         "--action update --action delete": ["delete", "update"],
-        "--user 018bcfe5-687b-7000-8000-0123456789ab": [],
+        "--user test": ["delete", "create", "update", "create"],
+        "--user nobody --user test --action update": ["update"],
+        "--user nobody": [],
         "--since 2h": ["delete", "create", "update", "create"],
         "--since 2100-01-01": [],
         "--until 2h": [],
@@ -198,7 +200,7 @@ def test_a_narrow_terminal_keeps_the_time(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     out = Terminal()
     entry = pb.AuditLog(
-        user_id="u" * 36, ip_address="127.0.0.1", action="CREATED",
+        username="u" * 36, ip_address="127.0.0.1", action="CREATED",
         resource_type="order", resource_id="o" * 36,
         new_value={"string_value": "x " * 99},
     )  # fmt: skip
@@ -209,13 +211,13 @@ def test_a_narrow_terminal_keeps_the_time(monkeypatch):
 
 
 def test_who_did_it_is_shown_where_it_is_known():
-    assert row(user_id="u", ip_address="::1")[1:3] == ["u", "::1"]
+    assert row(username="u", ip_address="::1")[1:3] == ["u", "::1"]
 
 
 def test_terminal_escapes_in_an_entry_are_text():
     hostile = "\x1b[2J\n"
     told = row(
-        user_id=hostile, ip_address=hostile, resource_id=hostile,
+        username=hostile, ip_address=hostile, resource_id=hostile,
         old_value={hostile: hostile}, new_value={hostile: 1},
     )  # fmt: skip
     assert told[-1] == r"\x1b[2J\n: \x1b[2J\n -> 1"

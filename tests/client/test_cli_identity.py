@@ -139,11 +139,18 @@ async def test_after_the_logout_they_are_nobody_s(server, alice, as_nobody, tmp_
     assert "`quantplane login`, or set QUANTPLANE_API_KEY" in failed.stderr
 
 
+async def test_a_key_that_is_no_good_is_told_to_be_so(server, monkeypatch):
+    monkeypatch.setenv("QUANTPLANE_API_KEY", "qp_unknown")
+    failed = await invoke(server.target, "whoami")
+    assert failed.exit_code == 1
+    assert "the key in QUANTPLANE_API_KEY is not, or no longer, good" in failed.stderr
+    assert "qp_unknown" not in failed.stderr
+
+
 async def test_a_wrong_password_keeps_nothing(server, alice, as_nobody, tmp_path):
     failed = await log_in(server, "wrong " + PASSWORD)
     assert failed.exit_code == 1
-    assert "UNAUTHENTICATED" in failed.stderr
-    assert PASSWORD not in failed.stderr
+    assert failed.stderr == "quantplane: UNAUTHENTICATED: wrong name or password\n"
     assert not (tmp_path / "quantplane").exists()
 
 

@@ -74,6 +74,8 @@ async def test_what_is_not_there_or_not_right_is_one_sentence(desk: Desk):
     told = await run(desk, "user", "add", "x", "--email=x", stdin="short", fails=True)
     assert "user.email: must be" in told and "password: must be" in told
     assert "short" not in told
+    again = ("user", "add", "root", "--email=x@y", "--no-password")
+    assert "there is a user 'root' already" in await run(desk, *again, fails=True)
     assert "key_id: must be" in await run(desk, "key", "revoke", "x", fails=True)
 
 

@@ -1,6 +1,7 @@
 """PublishQuotes over the wire: accepted once, refused whole, held back."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
@@ -10,8 +11,11 @@ import redis.asyncio as redis
 
 from quantplane import Client, reason_of, violations_of
 from quantplane import v1 as pb
-from quantplane_server.bus import shard_of
+from quantplane_server.bus import Bus, shard_of
+from quantplane_server.config import Settings
 from quantplane_server.main import serving
+from quantplane_server.market_data.durability import Durability
+from quantplane_server.market_data.feed import Feed
 from tests.conftest import Server
 from tests.market_data import Sender, numbers, quote, quotes, read, until
 
@@ -380,3 +384,29 @@ async def test_bad_symbols_are_refused_wherever_they_are_asked_for(
             await call
         assert reason_of(raised.value) == "INVALID_FIELD"
         assert violations_of(raised.value)[0][0].startswith("symbols")
+
+
+async def test_the_last_answer_says_that_all_is_accepted(settings: Settings):
+    """Also where the end comes while an answer is on its way."""
+    told = asyncio.Event()
+
+    async def requests() -> AsyncIterator[pb.PublishQuotesRequest]:
+        yield pb.PublishQuotesRequest(feed="feed")
+        yield batch(1, quote("A", 1))
+        await told.wait()
+        yield batch(2, quote("A", 2))
+
+    bus = Bus(settings.backends()[1], 1 << 20)
+    await bus.open()
+    shard = shard_of(b"A")
+    answers = Feed(bus, Durability(bus)).run(requests())
+    try:
+        while (await anext(answers)).accepted_through < 1:
+            pass
+        told.set()
+        while (await bus.heads([shard]))[shard].number < 2:
+            pass
+        await bus.ping()  # by then the feed has its answer
+        assert [answer.accepted_through async for answer in answers][-1] == 2
+    finally:
+        await bus.close()

@@ -17,7 +17,7 @@ def audit(
         list[str] | None,
         typer.Option(
             "--type",
-            metavar="strategy|configuration|signal|order|log",
+            metavar="strategy|order|user|...",
             help="Only of such resources; may be repeated.",
         ),
     ] = None,
@@ -35,7 +35,7 @@ def audit(
     ] = None,
     user: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID", help="Only what they did; may be repeated."),
+        typer.Option(metavar="NAME", help="Only what they did; may be repeated."),
     ] = None,
     since: Annotated[
         str | None,
@@ -58,7 +58,7 @@ def audit(
         resource_types=kind,
         resource_ids=resource_id,
         actions=action,
-        user_ids=user,
+        usernames=user,
         start_time=moment_of(since, "--since", ago=True),
         end_time=moment_of(until, "--until", ago=True),
     )

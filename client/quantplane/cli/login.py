@@ -12,7 +12,7 @@ import typer
 
 from quantplane import state
 from quantplane.cli.parameters import JsonOption, TargetOption
-from quantplane.cli.passwords import StdinOption, ask
+from quantplane.cli.passwords import StdinOption, ask, judging
 from quantplane.cli.running import fail, run, say
 from quantplane.cli.showing import show
 
@@ -26,7 +26,7 @@ def login(
     from_stdin: StdinOption = False,
     target: TargetOption = None,
 ) -> None:
-    """Log in: further commands are yours, until `quantplane logout`."""
+    """Log in, for all further commands until `quantplane logout`."""
     from quantplane.cli.running import in_words, target_of
     from quantplane.credentials import VARIABLE, check_private
     from quantplane.login import log_in
@@ -36,7 +36,8 @@ def login(
     password = ask(f"Password of {username}", from_stdin)
 
     async def work(client: "Client") -> None:
-        tokens = await log_in(client.without_credentials(), username, password)
+        with judging("wrong name or password"):
+            tokens = await log_in(client.without_credentials(), username, password)
         keep(client.target, tokens)
         say(f"logged in at {client.target} as {username}")
         if os.environ.get(VARIABLE):

@@ -1,6 +1,8 @@
 """Passwords: from a terminal that does not show them, or a pipe; never an argument."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -29,3 +31,18 @@ def ask(prompt: str, from_stdin: bool, confirm: bool = False) -> str:
 
 def ask_new(from_stdin: bool) -> str:
     return ask("New password", from_stdin, confirm=True)
+
+
+@contextmanager
+def judging(sentence: str) -> Iterator[None]:
+    """Say so where the server does not take a password."""
+    import grpc
+
+    from quantplane.errors import reason_of
+
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        if reason_of(error) == "UNAUTHENTICATED":
+            fail(f"UNAUTHENTICATED: {sentence}")
+        raise

@@ -103,7 +103,7 @@ def in_words(target: str | None) -> Iterator[None]:
                 "start one with `quantplane-server up`, or set --target"
             )
         if reason_of(error) == "UNAUTHENTICATED":
-            error.add_note("`quantplane login`, or set QUANTPLANE_API_KEY")
+            fail(f"UNAUTHENTICATED: {_unknown(target_of(target))}")
         fail(describe(error))
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
@@ -111,6 +111,15 @@ def in_words(target: str | None) -> Iterator[None]:
         # The reader has what it wants. Python must not flush into the pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit from None
+
+
+def _unknown(where: str) -> str:
+    """Say what to do where a server does not know who calls."""
+    from quantplane.credentials import VARIABLE
+
+    if os.environ.get(VARIABLE):
+        return f"the key in {VARIABLE} is not, or no longer, good at {where}"
+    return f"{where} does not know you: `quantplane login`, or set {VARIABLE}"
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Commands of users."""
 
+from contextlib import nullcontext
 from shlex import quote
 from typing import Annotated, Any
 
@@ -126,17 +127,20 @@ def set_password(
     From standard input come the old one, of your own, and the new one, a line each.
     """
     from quantplane import v1 as pb
-    from quantplane.cli.passwords import ask
+    from quantplane.cli.passwords import ask, judging
 
     request = pb.SetPasswordRequest(username=name)
     if not name:
         request.old_password = ask("Old password", from_stdin)
     request.new_password = ask_new(from_stdin)
+    wrong = "the old password is wrong, or your login has ended"
+    judged = nullcontext() if name else judging(wrong)
 
     async def work(client: Any) -> None:
-        with hinting(UNKNOWN_USER=SEE_ALL):
+        with judged, hinting(UNKNOWN_USER=SEE_ALL):
             await client.user.SetPassword(request)
-        say("the password is set, and every session has ended")
+        again = "" if name else ": log in again"
+        say(f"the password is set, and every session has ended{again}")
 
     run(target, work)
 

@@ -27,7 +27,7 @@ def print_audit_logs(out: IO[str], entries: Sequence[pb.AuditLog]) -> None:
 def _row(entry: pb.AuditLog) -> dict[str, str]:
     return {
         "time": milliseconds(entry.time),
-        "who": entry.user_id,
+        "who": entry.username,
         "from": entry.ip_address,
         "action": entry.action,
         "resource": f"{entry.resource_type} {entry.resource_id}".strip(),

@@ -27,6 +27,7 @@ class AuditLog(_message.Message):
     LOG_ID_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
+    USERNAME_FIELD_NUMBER: _builtins.int
     ACTION_FIELD_NUMBER: _builtins.int
     RESOURCE_TYPE_FIELD_NUMBER: _builtins.int
     RESOURCE_ID_FIELD_NUMBER: _builtins.int
@@ -39,15 +40,20 @@ class AuditLog(_message.Message):
     """Grows with every entry, with gaps."""
     user_id: _builtins.str
     """Who did it. Empty: nobody who is known to the server."""
+    username: _builtins.str
     action: _builtins.str
     """What was done, for example "create", "update", "delete"; of signals and
     orders the type of the event, for example "CREATED"; of a log "gap": some of
     its events were lost to the audit log.
     """
     resource_type: _builtins.str
-    """"strategy", "configuration", "signal", "order" or "log"."""
+    """"strategy", "configuration", "user", "role", "api_key", "method" (a call that
+    was refused), "signal", "order" or "log".
+    """
     resource_id: _builtins.str
-    """Of the strategy, signal or order, the key, or the name of the log."""
+    """Of the strategy, signal, order or API key, the key, or the name of the user,
+    role, method or log.
+    """
     ip_address: _builtins.str
     """Where the call came from. Empty: from no network, or not known."""
     user_agent: _builtins.str
@@ -71,6 +77,7 @@ class AuditLog(_message.Message):
         log_id: _builtins.int = ...,
         time: _timestamp_pb2.Timestamp | None = ...,
         user_id: _builtins.str = ...,
+        username: _builtins.str = ...,
         action: _builtins.str = ...,
         resource_type: _builtins.str = ...,
         resource_id: _builtins.str = ...,
@@ -82,7 +89,7 @@ class AuditLog(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["new_value", b"new_value", "old_value", b"old_value", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "ip_address", b"ip_address", "log_id", b"log_id", "new_value", b"new_value", "old_value", b"old_value", "resource_id", b"resource_id", "resource_type", b"resource_type", "time", b"time", "trace_id", b"trace_id", "user_agent", b"user_agent", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "ip_address", b"ip_address", "log_id", b"log_id", "new_value", b"new_value", "old_value", b"old_value", "resource_id", b"resource_id", "resource_type", b"resource_type", "time", b"time", "trace_id", b"trace_id", "user_agent", b"user_agent", "user_id", b"user_id", "username", b"username"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -93,6 +100,7 @@ class ListAuditLogsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_IDS_FIELD_NUMBER: _builtins.int
+    USERNAMES_FIELD_NUMBER: _builtins.int
     ACTIONS_FIELD_NUMBER: _builtins.int
     RESOURCE_TYPES_FIELD_NUMBER: _builtins.int
     RESOURCE_IDS_FIELD_NUMBER: _builtins.int
@@ -106,8 +114,12 @@ class ListAuditLogsRequest(_message.Message):
     """Omitted: the first page."""
     @_builtins.property
     def user_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """At most 100 of each. Empty: all."""
+        """At most 100 of each. Empty: all.
+        Users by their ids or by their names.
+        """
 
+    @_builtins.property
+    def usernames(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def actions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -126,6 +138,7 @@ class ListAuditLogsRequest(_message.Message):
         self,
         *,
         user_ids: _abc.Iterable[_builtins.str] | None = ...,
+        usernames: _abc.Iterable[_builtins.str] | None = ...,
         actions: _abc.Iterable[_builtins.str] | None = ...,
         resource_types: _abc.Iterable[_builtins.str] | None = ...,
         resource_ids: _abc.Iterable[_builtins.str] | None = ...,
@@ -136,7 +149,7 @@ class ListAuditLogsRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "end_time", b"end_time", "page_size", b"page_size", "page_token", b"page_token", "resource_ids", b"resource_ids", "resource_types", b"resource_types", "start_time", b"start_time", "user_ids", b"user_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "end_time", b"end_time", "page_size", b"page_size", "page_token", b"page_token", "resource_ids", b"resource_ids", "resource_types", b"resource_types", "start_time", b"start_time", "user_ids", b"user_ids", "usernames", b"usernames"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,12 +7,13 @@ MAX_PAGE = 1_000
 MAX_NAMES = 100
 
 AT_MOST = f"must be at most {MAX_NAMES}"
+FIELDS = ("user_ids", "usernames", "actions", "resource_types", "resource_ids")
 NAME = "must be 1 to 200 characters, without NUL"
 
 
 def check_list(request: pb.ListAuditLogsRequest) -> None:
     with Checks() as check:
-        for field in ("user_ids", "actions", "resource_types", "resource_ids"):
+        for field in FIELDS:
             values = getattr(request, field)
             check(len(values) <= MAX_NAMES, field, AT_MOST)
             for i, value in enumerate(values[:MAX_NAMES]):

@@ -104,6 +104,21 @@ async def users_after(
         yield _user(row)
 
 
+async def usernames(
+    conn: Connection, user_ids: Collection[str], names: Collection[str]
+) -> dict[str, str]:
+    """Return the names of users by their ids: of these ids, and of these names."""
+    rows = await conn.fetch(
+        """
+        SELECT user_id::text, username FROM users
+         WHERE user_id = ANY ($1::uuid[]) OR username = ANY ($2)
+        """,
+        list(user_ids),
+        list(names),
+    )
+    return {row["user_id"]: row["username"] for row in rows}
+
+
 async def has_admin(conn: Connection) -> bool:
     """Tell whether there is an active user whose role permits everything."""
     return bool(

@@ -84,12 +84,13 @@ class Feed:
         while True:
             await self._changed.wait()
             self._changed.clear()
+            done = append.done()  # before what is told, so that all of it is
             self._note_durable()
             progress = self._progress()
             if progress != told:
                 yield progress
                 told = progress
-            if append.done():
+            if done:
                 append.result()
                 if self._error:
                     raise self._error
@@ -148,7 +149,7 @@ class Feed:
         self._parts: dict[int, dict[bytes, list[bytes]]] = {}
 
     async def _append(self) -> None:
-        while True:
+        while self._last or not self._ended:
             await self._filled.wait()
             self._filled.clear()
             if self._last:
@@ -159,10 +160,8 @@ class Feed:
                 self._accepted = max(self._accepted, batches.last)
                 self._undurable.append((batches.last, positions))
                 self._changed.set()
-                if not self._filled.is_set():  # else the next round says it
+                if not self._last:  # else the next round says it
                     await self._note_accepted(next(iter(positions), 0))
-            elif self._ended:
-                return
 
     async def _append_round(self, batches: Round) -> dict[int, Position]:
         """Append until the bus has it, however long that takes."""

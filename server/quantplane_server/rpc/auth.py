@@ -192,15 +192,17 @@ class Guard:
         # It may be newer than the picture; who is often wrong does not have us look.
         sender = address(context) or ""
         if wait_s := self._wrong.wait_s(sender):
-            raise RateLimited(WRONG_AT_ONCE, "wrong credentials", wait_s)
+            raise _too_often(wait_s)
         try:
             async with asyncio.timeout(LOOK_S):
                 await self._directory.refresh()
         except TimeoutError:
             return None
-        if (known := self._directory.find(token)) is None:
-            self._wrong.take(sender)
-        return known
+        if known := self._directory.find(token):
+            return known
+        if wait_s := self._wrong.take(sender):  # others came at the same time
+            raise _too_often(wait_s)
+        return None
 
     def _refusal(self, known: Principal, rule: Rule) -> QuantplaneError | None:
         """Return why somebody may not make a call, if so."""
@@ -229,6 +231,10 @@ def _token(metadata: Iterable[tuple[str, Any]]) -> str | None:
     if len(sent) != 1 or sent[0][: len(SCHEME)].lower() != SCHEME:
         return None
     return str(sent[0][len(SCHEME) :])
+
+
+def _too_often(wait_s: float) -> RateLimited:
+    return RateLimited(WRONG_AT_ONCE, "wrong credentials", wait_s)
 
 
 def _receive(known: Principal, rule: Rule) -> Receive | None:

@@ -12,7 +12,9 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
+
+from quantplane_server.errors import InvalidRequest
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 # A response's bytes, ready-made, where the stubs know only messages.
@@ -27,6 +29,7 @@ class Call(NamedTuple):
 
 
 Layer = Callable[[Call], AbstractAsyncContextManager[None]]
+Parse = Callable[[bytes], Any]
 Receive = Callable[[Any], None]  # raises for a request that is refused
 
 
@@ -77,10 +80,11 @@ class Interceptor(grpc.aio.ServerInterceptor):
         async def wrapped(request: Any, context: Context) -> Any:
             call = Call(method, context)
             async with self._layer(call), self._guard.layer(call) as receive:
-                return await respond(_received(request, receive), context)
+                received = _received(request, handler.request_deserializer, receive)
+                return await respond(received, context)
 
         field = "stream_unary" if handler.request_streaming else "unary_unary"
-        return handler._replace(**{field: wrapped})
+        return handler._replace(**{field: wrapped}, request_deserializer=None)
 
     def _around_stream(self, handler: Any, method: str) -> Any:
         respond = handler.stream_stream or handler.unary_stream
@@ -88,10 +92,15 @@ class Interceptor(grpc.aio.ServerInterceptor):
         async def wrapped(request: Any, context: Context) -> None:
             call = Call(method, context)
             async with self._layer(call), self._guard.layer(call) as receive:
-                await _write(respond(_received(request, receive), context), context)
+                received = _received(request, handler.request_deserializer, receive)
+                await _write(respond(received, context), context)
 
         field = "stream_stream" if handler.request_streaming else "unary_stream"
-        return handler._replace(**{field: wrapped}, response_serializer=serialized)
+        return handler._replace(
+            **{field: wrapped},
+            request_deserializer=None,
+            response_serializer=serialized,
+        )
 
     def _ahead(self, handler: Any, method: str) -> Any:
         """Check a call ahead of its request, which otherwise comes before anything.
@@ -103,30 +112,42 @@ class Interceptor(grpc.aio.ServerInterceptor):
         async def wrapped(requests: AsyncIterator[Any], context: Context) -> None:
             call = Call(method, context)
             async with self._layer(call), self._guard.layer(call) as receive:
-                request = _received(await _only(requests, context), receive)
+                request = await _only(requests, context)
+                request = _received(request, handler.request_deserializer, receive)
                 if handler.response_streaming:
                     await _write(handler.unary_stream(request, context), context)
                 else:
                     await context.write(await handler.unary_unary(request, context))
 
-        deserialize = handler.request_deserializer
-        return grpc.stream_stream_rpc_method_handler(wrapped, deserialize, serialized)
+        return grpc.stream_stream_rpc_method_handler(wrapped, None, serialized)
 
 
-def _received(request: Any, receive: Receive | None) -> Any:
-    """Have a request, or each of a stream of them, pass."""
-    if receive is None:
-        return request
-    if isinstance(request, Message):
-        receive(request)
-        return request
-    return _each_received(request, receive)
+def _received(request: Any, parse: Parse, receive: Receive | None) -> Any:
+    """Parse a request, or each of a stream of them, and have it pass.
+
+    Here, within the layers: gRPC itself answers what is no message with UNKNOWN, and
+    a traceback in the log.
+    """
+    if isinstance(request, bytes):
+        return _passed(request, parse, receive)
+    return _each_passed(request, parse, receive)
 
 
-async def _each_received(requests: Any, receive: Receive) -> AsyncIterator[Any]:
+async def _each_passed(
+    requests: AsyncIterator[bytes], parse: Parse, receive: Receive | None
+) -> AsyncIterator[Any]:
     async for request in requests:
-        receive(request)
-        yield request
+        yield _passed(request, parse, receive)
+
+
+def _passed(request: bytes, parse: Parse, receive: Receive | None) -> Any:
+    try:
+        message = parse(request)
+    except DecodeError as error:
+        raise InvalidRequest([("request", f"can't be parsed: {error}")]) from None
+    if receive is not None:
+        receive(message)
+    return message
 
 
 async def _only(requests: AsyncIterator[Any], context: Context) -> Any:

@@ -1,0 +1,1 @@
+"""What somebody who means harm can send, and what must come of it."""
