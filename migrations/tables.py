@@ -539,6 +539,7 @@ Table(
     Column("ip_address", INET),
     Column("user_agent", Text),
     Column("trace_id", Text),
+    Column("key_id", UUID),
     Index("idx_audit_timestamp", text("timestamp DESC")),
     Index("idx_audit_user", "user_id", text("timestamp DESC")),
     Index("idx_audit_resource", "resource_type", "resource_id"),

@@ -33,7 +33,7 @@ MORE_COLUMNS = {
         *("position_quantity", "realized_pnl"),
     ],
     "positions": ["n_executions"],
-    "audit_logs": ["trace_id"],
+    "audit_logs": ["trace_id", "key_id"],
 }
 FOREIGN = "FOREIGN KEY"
 OTHER_CONSTRAINTS = {

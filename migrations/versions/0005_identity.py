@@ -76,6 +76,7 @@ def upgrade_reference() -> None:
         )
         """
     )
+    op.execute("ALTER TABLE audit_logs ADD COLUMN key_id UUID")
     op.execute("CREATE INDEX idx_sessions_user ON sessions (user_id, created_at)")
     op.execute(
         """
@@ -141,5 +142,6 @@ def downgrade_reference() -> None:
     op.execute(f"DELETE FROM permissions WHERE role IN ({roles})")
     for table in ("users", "permissions", "api_keys"):
         op.execute(f"DROP TRIGGER notice_identity ON {table}")
+    op.execute("ALTER TABLE audit_logs DROP COLUMN key_id")
     op.execute("DROP TABLE identity_version, login_failures, signing_keys, sessions")
     op.execute("DROP FUNCTION notice_identity")

@@ -229,7 +229,7 @@ async def recording(settings: Settings) -> AsyncIterator[None]:
         )
         snapshots = Snapshots(db, reference, quotes)
         stack.push_async_callback(snapshots.close)
-        audit = [Transcriber(db, reference, log).run() for log in LOGS]
+        audit = [Transcriber(db, reference, usernames, log).run() for log in LOGS]
         work = (recorder.run(), maintenance.run(), logs.run(), snapshots.run())
         await stack.enter_async_context(_background(*work, *expiry, *audit))
         yield

@@ -4,6 +4,7 @@ Set by the layer that has checked the call's credential; a task that serves seve
 calls, such as the writer of orders, has the one of the first, so it must not ask.
 """
 
+import re
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -19,12 +20,34 @@ class Principal(NamedTuple):
     session_id: str = ""  # of the access token; empty: an API key or a certificate
 
 
+# As `actor` tells who calls.
+ACTOR = re.compile(
+    r"(?P<username>.*?)(/(?P<key_id>[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}))?"
+)
+
 PRINCIPAL: ContextVar[Principal | None] = ContextVar("principal", default=None)
 
 
 def principal() -> Principal | None:
     """Return whom the call that runs is made for; None where anybody may call."""
     return PRINCIPAL.get()
+
+
+def actor() -> str:
+    """Return who makes the call that runs, as events name it; "" for nobody.
+
+    The user's name, and where it comes with an API key, a slash and the key's id.
+    """
+    known = PRINCIPAL.get()
+    if known is None:
+        return ""
+    return f"{known.username}/{known.key_id}" if known.key_id else known.username
+
+
+def parsed(actor: str) -> tuple[str, str | None]:
+    """Return the user's name, and the key's id if there is one."""
+    match = ACTOR.fullmatch(actor)
+    return (match["username"], match["key_id"]) if match else (actor, None)
 
 
 def bound() -> str:

@@ -12,6 +12,7 @@ from quantplane import Client
 from quantplane import v1 as pb
 from quantplane_server.audit.transcriber import Transcriber
 from quantplane_server.db import Database
+from quantplane_server.identity.queries import usernames
 from quantplane_server.main import LOGS
 from quantplane_server.tasks import end
 from tests.admin import connected, until
@@ -63,7 +64,7 @@ async def transcribing(
                 reference = await Database.open(reference_dsn)
                 stack.push_async_callback(reference.close)
             for log in LOGS:
-                work = Transcriber(db, reference, log).run()
+                work = Transcriber(db, reference, usernames, log).run()
                 tasks.append(asyncio.create_task(work))
         yield
         await end(*tasks)

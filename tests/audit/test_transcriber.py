@@ -8,15 +8,18 @@ import pytest
 
 from quantplane import Client
 from quantplane import v1 as pb
+from quantplane.tables.values import plain
 from quantplane_server.audit import queries, transcriber
 from quantplane_server.audit.events import MAKE
 from quantplane_server.config import Settings
 from quantplane_server.db import Database
+from quantplane_server.identity.queries import usernames
 from quantplane_server.log import START, Event, Position, append
 from quantplane_server.main import recording, serving
 from tests.admin import execute, until, value
-from tests.audit import entered, revisions, rows, transcribing
-from tests.conftest import both_editions
+from tests.audit import entered, listed, revisions, rows, transcribing
+from tests.conftest import Server, both_editions
+from tests.identity.callers import people_of
 from tests.logs import forget, set_back, write
 from tests.orders import cancel, fill, open_order, refused, report, submit
 from tests.postgres import database
@@ -91,6 +94,39 @@ async def test_a_refusal_is_entered_with_its_reason(
     assert row.new["text"]
 
 
+async def test_an_event_names_the_user_and_the_key_that_caused_it(
+    server: Server, dsn: str, hurry: None
+):
+    async with people_of(dsn) as people:
+        user_id = await people.user("eve/4", "admin")  # names may have slashes
+        ((_, shown),) = await people.key("admin", user_id=user_id)
+        found = "SELECT key_id::text FROM api_keys WHERE user_id = $1"
+        key_id = await people.conn.fetchval(found, user_id)
+        async with Client(server.target, token=shown.split()[1]) as client:
+            order = await open_order(client)
+            await fill(client, order, 10)
+            (published,) = await publish(client, signal())
+            await cancel_signal(client, published.signal_id)
+        await entered(dsn, 3, "orders")
+        await entered(dsn, 2)
+        known = "SELECT DISTINCT user_id::text, key_id::text FROM audit_logs"
+        assert [tuple(row) for row in await people.conn.fetch(known)] == [
+            (user_id, key_id)
+        ]
+
+
+async def test_of_what_nobody_asked_for_an_event_names_the_server(
+    client: Client, dsn: str, hurry: None
+):
+    (published,) = await publish(client, signal())
+    order = await open_order(client, signal_id=published.signal_id)
+    await fill(client, order, 10)
+    await entered(dsn, 2)
+    executed = (await listed(client, actions=["EXECUTED"]))[0]
+    assert (executed.username, executed.key_id) == ("", "")
+    assert plain(executed.new_value)["actor"] == "server"
+
+
 async def test_what_becomes_of_a_signal_is_entered(
     client: Client, dsn: str, hurry: None
 ):
@@ -103,6 +139,7 @@ async def test_what_becomes_of_a_signal_is_entered(
     expected = {"revision": 1, "time": "2024-01-01T00:00:00Z", "strategy_id": "s",
                 "symbol": "A", "signal_type": "LONG", "strength": 0.5,
                 "confidence": 0.25, "status": "ACTIVE"}  # fmt: skip
+    assert made.new.pop("actor") == cancelled.new.pop("actor")
     assert made.new == expected
     assert cancelled.new == expected | {"revision": 2, "status": "CANCELLED"}
 
@@ -169,7 +206,9 @@ async def test_who_comes_too_late_leaves_a_page_to_who_came_first(
     db: Database, dsn: str
 ):
     await write(db, range(10))
-    one, other = (transcriber.Transcriber(db, db, "signals") for _ in range(2))
+    one, other = (
+        transcriber.Transcriber(db, db, usernames, "signals") for _ in range(2)
+    )
     async with db.transaction() as conn:  # the row is moved by both from its beginning
         await conn.execute("LOCK TABLE audit_positions IN SHARE MODE")
         both = asyncio.gather(one._enter_page(), other._enter_page())

@@ -10,7 +10,14 @@ import pytest
 from quantplane import v1 as pb
 from quantplane_server.checks import SYMBOL
 from quantplane_server.identity import users
-from quantplane_server.identity.checks import EMAIL, EMPTY, MASK, PASSWORD, WORD_OR_ANY
+from quantplane_server.identity.checks import (
+    EMAIL,
+    EMPTY,
+    MASK,
+    PASSWORD,
+    RESERVED,
+    WORD_OR_ANY,
+)
 from tests.identity.desk import PASSWORD as OLD
 from tests.identity.desk import UNKNOWN, WRONG, Desk, open_desk
 from tests.reference import entries
@@ -126,6 +133,12 @@ async def test_every_broken_rule_is_told(desk: Desk):
         ("user.etag", EMPTY),
         ("password", PASSWORD),
     ]
+
+
+async def test_no_user_has_the_name_of_the_server(desk: Desk):
+    user = {"username": "server", "role": "viewer", "email": "a@b"}
+    told = [("user.username", RESERVED)]
+    assert await violations(desk.call(bob(**user))) == told
 
 
 @pytest.mark.parametrize("email", ["", "@", "a@b@c", "a\n@b", "a@" + "b" * 253])

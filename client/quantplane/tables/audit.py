@@ -15,7 +15,7 @@ LEADING = (
 )
 # Keys that tell nothing which an entry does not say itself.
 HIDDEN = {
-    *("strategy_id", "key", "known", "revision"),
+    *("strategy_id", "key", "known", "revision", "actor"),
     *("created_at", "created_by", "updated_at", "updated_by"),
 }
 
@@ -27,12 +27,18 @@ def print_audit_logs(out: IO[str], entries: Sequence[pb.AuditLog]) -> None:
 def _row(entry: pb.AuditLog) -> dict[str, str]:
     return {
         "time": milliseconds(entry.time),
-        "who": entry.username,
+        "who": entry.username or _actor(entry),
         "from": entry.ip_address,
         "action": entry.action,
         "resource": f"{entry.resource_type} {entry.resource_id}".strip(),
         "change": listed(_change(entry)),
     }
+
+
+def _actor(entry: pb.AuditLog) -> str:
+    """Return whom an event names who is no user, or none any more."""
+    value = plain(entry.new_value)
+    return str(value.get("actor", "")) if isinstance(value, dict) else ""
 
 
 def _change(entry: pb.AuditLog) -> list[str]:

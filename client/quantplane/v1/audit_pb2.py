@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from quantplane.v1 import annotations_pb2 as quantplane_dot_v1_dot_annotations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19quantplane/v1/audit.proto\x12\rquantplane.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fquantplane/v1/annotations.proto\"\xb3\x02\n\x08\x41uditLog\x12\x0e\n\x06log_id\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x10\n\x08username\x18\x0c \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x15\n\rresource_type\x18\x05 \x01(\t\x12\x13\n\x0bresource_id\x18\x06 \x01(\t\x12)\n\told_value\x18\x07 \x01(\x0b\x32\x16.google.protobuf.Value\x12)\n\tnew_value\x18\x08 \x01(\x0b\x32\x16.google.protobuf.Value\x12\x12\n\nip_address\x18\t \x01(\t\x12\x12\n\nuser_agent\x18\n \x01(\t\x12\x10\n\x08trace_id\x18\x0b \x01(\t\"\xff\x01\n\x14ListAuditLogsRequest\x12\x10\n\x08user_ids\x18\x01 \x03(\t\x12\x11\n\tusernames\x18\t \x03(\t\x12\x0f\n\x07\x61\x63tions\x18\x02 \x03(\t\x12\x16\n\x0eresource_types\x18\x03 \x03(\t\x12\x14\n\x0cresource_ids\x18\x04 \x03(\t\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x07 \x01(\x05\x12\x12\n\npage_token\x18\x08 \x01(\t\"]\n\x15ListAuditLogsResponse\x12+\n\naudit_logs\x18\x01 \x03(\x0b\x32\x17.quantplane.v1.AuditLog\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x84\x01\n\x0c\x41uditService\x12t\n\rListAuditLogs\x12#.quantplane.v1.ListAuditLogsRequest\x1a$.quantplane.v1.ListAuditLogsResponse\"\x18\x90\x02\x01\x8a\xce\x18\r\n\x05\x61udit\x12\x04read\xa8\xce\x18\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19quantplane/v1/audit.proto\x12\rquantplane.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fquantplane/v1/annotations.proto\"\xc3\x02\n\x08\x41uditLog\x12\x0e\n\x06log_id\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x10\n\x08username\x18\x0c \x01(\t\x12\x0e\n\x06key_id\x18\r \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x15\n\rresource_type\x18\x05 \x01(\t\x12\x13\n\x0bresource_id\x18\x06 \x01(\t\x12)\n\told_value\x18\x07 \x01(\x0b\x32\x16.google.protobuf.Value\x12)\n\tnew_value\x18\x08 \x01(\x0b\x32\x16.google.protobuf.Value\x12\x12\n\nip_address\x18\t \x01(\t\x12\x12\n\nuser_agent\x18\n \x01(\t\x12\x10\n\x08trace_id\x18\x0b \x01(\t\"\xff\x01\n\x14ListAuditLogsRequest\x12\x10\n\x08user_ids\x18\x01 \x03(\t\x12\x11\n\tusernames\x18\t \x03(\t\x12\x0f\n\x07\x61\x63tions\x18\x02 \x03(\t\x12\x16\n\x0eresource_types\x18\x03 \x03(\t\x12\x14\n\x0cresource_ids\x18\x04 \x03(\t\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x07 \x01(\x05\x12\x12\n\npage_token\x18\x08 \x01(\t\"]\n\x15ListAuditLogsResponse\x12+\n\naudit_logs\x18\x01 \x03(\x0b\x32\x17.quantplane.v1.AuditLog\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x84\x01\n\x0c\x41uditService\x12t\n\rListAuditLogs\x12#.quantplane.v1.ListAuditLogsRequest\x1a$.quantplane.v1.ListAuditLogsResponse\"\x18\x90\x02\x01\x8a\xce\x18\r\n\x05\x61udit\x12\x04read\xa8\xce\x18\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,11 +37,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUDITSERVICE'].methods_by_name['ListAuditLogs']._loaded_options = None
   _globals['_AUDITSERVICE'].methods_by_name['ListAuditLogs']._serialized_options = b'\220\002\001\212\316\030\r\n\005audit\022\004read\250\316\030\004'
   _globals['_AUDITLOG']._serialized_start=141
-  _globals['_AUDITLOG']._serialized_end=448
-  _globals['_LISTAUDITLOGSREQUEST']._serialized_start=451
-  _globals['_LISTAUDITLOGSREQUEST']._serialized_end=706
-  _globals['_LISTAUDITLOGSRESPONSE']._serialized_start=708
-  _globals['_LISTAUDITLOGSRESPONSE']._serialized_end=801
-  _globals['_AUDITSERVICE']._serialized_start=804
-  _globals['_AUDITSERVICE']._serialized_end=936
+  _globals['_AUDITLOG']._serialized_end=464
+  _globals['_LISTAUDITLOGSREQUEST']._serialized_start=467
+  _globals['_LISTAUDITLOGSREQUEST']._serialized_end=722
+  _globals['_LISTAUDITLOGSRESPONSE']._serialized_start=724
+  _globals['_LISTAUDITLOGSRESPONSE']._serialized_end=817
+  _globals['_AUDITSERVICE']._serialized_start=820
+  _globals['_AUDITSERVICE']._serialized_end=952
 # @@protoc_insertion_point(module_scope)

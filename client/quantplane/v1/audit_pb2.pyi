@@ -28,6 +28,7 @@ class AuditLog(_message.Message):
     TIME_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
     USERNAME_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
     ACTION_FIELD_NUMBER: _builtins.int
     RESOURCE_TYPE_FIELD_NUMBER: _builtins.int
     RESOURCE_ID_FIELD_NUMBER: _builtins.int
@@ -41,6 +42,8 @@ class AuditLog(_message.Message):
     user_id: _builtins.str
     """Who did it. Empty: nobody who is known to the server."""
     username: _builtins.str
+    key_id: _builtins.str
+    """The API key that it was done with. Empty: with none."""
     action: _builtins.str
     """What was done, for example "create", "update", "delete"; of signals and
     orders the type of the event, for example "CREATED"; of a log "gap": some of
@@ -78,6 +81,7 @@ class AuditLog(_message.Message):
         time: _timestamp_pb2.Timestamp | None = ...,
         user_id: _builtins.str = ...,
         username: _builtins.str = ...,
+        key_id: _builtins.str = ...,
         action: _builtins.str = ...,
         resource_type: _builtins.str = ...,
         resource_id: _builtins.str = ...,
@@ -89,7 +93,7 @@ class AuditLog(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["new_value", b"new_value", "old_value", b"old_value", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "ip_address", b"ip_address", "log_id", b"log_id", "new_value", b"new_value", "old_value", b"old_value", "resource_id", b"resource_id", "resource_type", b"resource_type", "time", b"time", "trace_id", b"trace_id", "user_agent", b"user_agent", "user_id", b"user_id", "username", b"username"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "ip_address", b"ip_address", "key_id", b"key_id", "log_id", b"log_id", "new_value", b"new_value", "old_value", b"old_value", "resource_id", b"resource_id", "resource_type", b"resource_type", "time", b"time", "trace_id", b"trace_id", "user_agent", b"user_agent", "user_id", b"user_id", "username", b"username"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -634,7 +634,9 @@ class OrderEvent(_message.Message):
     """Of a rejection, or where the broker gives a reason: its code and words."""
     text: _builtins.str
     actor: _builtins.str
-    """Who caused it: a user or key, or "server"."""
+    """Who caused it: the name of a user, and of a call with an API key a slash and
+    the key's id; or "server". Empty: nobody who is known to it.
+    """
     trace_id: _builtins.str
     """Of the call that caused it; as in Order."""
     @_builtins.property

@@ -190,11 +190,14 @@ class SignalEvent(_message.Message):
     TYPE_FIELD_NUMBER: _builtins.int
     SIGNAL_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """Numbered from 1 without gaps, in the order of commits."""
     type: Global___SignalEventType.ValueType
     trace_id: _builtins.str
     """Of the call that caused the event; as in Signal."""
+    actor: _builtins.str
+    """Who caused it; as in OrderEvent."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """The server's clock."""
@@ -211,10 +214,11 @@ class SignalEvent(_message.Message):
         type: Global___SignalEventType.ValueType = ...,
         signal: Global___Signal | None = ...,
         trace_id: _builtins.str = ...,
+        actor: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["signal", b"signal", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "signal", b"signal", "time", b"time", "trace_id", b"trace_id", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "revision", b"revision", "signal", b"signal", "time", b"time", "trace_id", b"trace_id", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

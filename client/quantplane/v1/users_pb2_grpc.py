@@ -32,7 +32,8 @@ class UserServiceStub(object):
 
     Rules that hold everywhere in this service:
     - A username or role is 1 to 64 printable characters without leading or
-    trailing space, a resource or action 1 to 64 of a-z, digits and underscore.
+    trailing space, and no user is "server"; a resource or action 1 to 64 of a-z,
+    digits and underscore.
     - A password is 12 to 256 characters.
     - Nobody gives, takes or touches more than the own role permits: who may create
     users makes none whose role permits more, and so on; PERMISSION_DENIED.
@@ -108,7 +109,8 @@ class UserServiceServicer(object):
 
     Rules that hold everywhere in this service:
     - A username or role is 1 to 64 printable characters without leading or
-    trailing space, a resource or action 1 to 64 of a-z, digits and underscore.
+    trailing space, and no user is "server"; a resource or action 1 to 64 of a-z,
+    digits and underscore.
     - A password is 12 to 256 characters.
     - Nobody gives, takes or touches more than the own role permits: who may create
     users makes none whose role permits more, and so on; PERMISSION_DENIED.
@@ -285,7 +287,8 @@ class UserService(object):
 
     Rules that hold everywhere in this service:
     - A username or role is 1 to 64 printable characters without leading or
-    trailing space, a resource or action 1 to 64 of a-z, digits and underscore.
+    trailing space, and no user is "server"; a resource or action 1 to 64 of a-z,
+    digits and underscore.
     - A password is 12 to 256 characters.
     - Nobody gives, takes or touches more than the own role permits: who may create
     users makes none whose role permits more, and so on; PERMISSION_DENIED.

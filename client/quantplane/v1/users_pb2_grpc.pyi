@@ -19,7 +19,8 @@ class UserServiceStub:
 
     Rules that hold everywhere in this service:
     - A username or role is 1 to 64 printable characters without leading or
-      trailing space, a resource or action 1 to 64 of a-z, digits and underscore.
+      trailing space, and no user is "server"; a resource or action 1 to 64 of a-z,
+      digits and underscore.
     - A password is 12 to 256 characters.
     - Nobody gives, takes or touches more than the own role permits: who may create
       users makes none whose role permits more, and so on; PERMISSION_DENIED.
@@ -87,7 +88,8 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Rules that hold everywhere in this service:
     - A username or role is 1 to 64 printable characters without leading or
-      trailing space, a resource or action 1 to 64 of a-z, digits and underscore.
+      trailing space, and no user is "server"; a resource or action 1 to 64 of a-z,
+      digits and underscore.
     - A password is 12 to 256 characters.
     - Nobody gives, takes or touches more than the own role permits: who may create
       users makes none whose role permits more, and so on; PERMISSION_DENIED.

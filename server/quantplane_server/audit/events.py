@@ -14,6 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from quantplane import v1 as pb
 from quantplane_server.audit.queries import Entry, Event
 from quantplane_server.checks import time_us, to_datetime
+from quantplane_server.origin import Origin
 
 # The fields that are kept of each message, where they are set.
 KEPT: dict[type[Message], set[str]] = {
@@ -32,7 +33,7 @@ KEPT: dict[type[Message], set[str]] = {
         *("broker_exec_id", "ref_execution_id", "late"),
     },
     pb.Terms: {"quantity", "price", "stop_price"},
-    pb.SignalEvent: {"revision"},
+    pb.SignalEvent: {"revision", "actor"},
     pb.Signal: {
         *("time", "strategy_id", "symbol", "signal_type", "strength", "confidence"),
         *("target_price", "stop_loss", "expiration", "status"),
@@ -63,7 +64,8 @@ def _event(event: Any, type: str, id: str, resource: Message) -> Event:
     action = _name(event.DESCRIPTOR.fields_by_name["type"].enum_type, event.type)
     new = _kept(event) | _kept(resource)
     time = to_datetime(time_us(event.time))
-    return Event(time, event.trace_id, Entry(action, type, id, new=new))
+    origin = Origin(event.trace_id, event.actor)
+    return Event(time, origin, Entry(action, type, id, new=new))
 
 
 def _kept(message: Message) -> dict[str, Any]:

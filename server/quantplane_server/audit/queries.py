@@ -1,7 +1,14 @@
 """All SQL on the audit log. What is in it is never changed."""
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Mapping,
+    Sequence,
+)
 from datetime import datetime
 from typing import Any, NamedTuple, TypeAlias
 
@@ -9,11 +16,17 @@ from quantplane import v1 as pb
 from quantplane_server.audit.values import MAX_BYTES, to_value
 from quantplane_server.db import Connection
 from quantplane_server.log import START, Position
+from quantplane_server.origin import Origin
+from quantplane_server.principal import parsed
 from quantplane_server.rpc.caller import Caller
 
 FETCH = 50  # rows read ahead, and turned into messages at a time
 
 Place: TypeAlias = tuple[datetime, int]  # the time and the id of an entry
+# Returns the names of users by their ids: of these ids, and of these names.
+Usernames: TypeAlias = Callable[
+    [Connection, Collection[str], Collection[str]], Awaitable[dict[str, str]]
+]
 
 
 class Entry(NamedTuple):
@@ -30,7 +43,7 @@ class Event(NamedTuple):
     """What an event log says was done."""
 
     time: datetime
-    trace_id: str
+    origin: Origin
     entry: Entry
 
 
@@ -41,14 +54,15 @@ async def record(conn: Connection, caller: Caller, entries: Sequence[Entry]) -> 
     """Enter what a caller does, in the transaction that does it."""
     await conn.execute(
         """
-        INSERT INTO audit_logs (user_id, action, resource_type, resource_id,
+        INSERT INTO audit_logs (user_id, key_id, action, resource_type, resource_id,
                                 old_value, new_value, ip_address, user_agent, trace_id)
-        SELECT $1, action, resource_type, resource_id, old_value, new_value,
-               $2, nullif($3, ''), nullif($4, '')
-          FROM unnest($5::text[], $6::text[], $7::text[], $8::jsonb[], $9::jsonb[])
+        SELECT $1, $2, action, resource_type, resource_id, old_value, new_value,
+               $3, nullif($4, ''), nullif($5, '')
+          FROM unnest($6::text[], $7::text[], $8::text[], $9::jsonb[], $10::jsonb[])
                AS entry (action, resource_type, resource_id, old_value, new_value)
         """,
         caller.user_id,
+        caller.key_id,
         caller.address,
         caller.user_agent,
         caller.trace_id,
@@ -60,18 +74,24 @@ async def record(conn: Connection, caller: Caller, entries: Sequence[Entry]) -> 
     )
 
 
-async def enter(conn: Connection, events: Sequence[Event]) -> None:
-    """Enter what event logs say. What is there already is not entered again."""
+async def enter(
+    conn: Connection, events: Sequence[Event], user_ids: Mapping[str, str]
+) -> None:
+    """Enter what event logs say. What is there already is not entered again.
+
+    `user_ids` has those of the users whom the events name, as far as they are known.
+    """
     entries = [event.entry for event in events]
+    actors = [parsed(event.origin.actor) for event in events]
     await conn.execute(
         """
         INSERT INTO audit_logs (timestamp, action, resource_type, resource_id,
-                                new_value, trace_id)
-        SELECT time, action, type, id, value, nullif(trace_id, '')
+                                new_value, trace_id, user_id, key_id)
+        SELECT time, action, type, id, value, nullif(trace_id, ''), user_id, key_id
           FROM unnest($1::timestamptz[], $2::text[], $3::text[], $4::text[],
-                      $5::jsonb[], $6::text[])
-               WITH ORDINALITY
-               AS event (time, action, type, id, value, trace_id, number)
+                      $5::jsonb[], $6::text[], $7::uuid[], $8::uuid[])
+               WITH ORDINALITY AS event (time, action, type, id, value, trace_id,
+                                         user_id, key_id, number)
          WHERE (SELECT count(*) FROM audit_logs AS a
                  WHERE a.resource_type = event.type AND a.resource_id = event.id
                    AND a.timestamp = event.time AND a.action = event.action
@@ -83,7 +103,9 @@ async def enter(conn: Connection, events: Sequence[Event]) -> None:
         [entry.resource_type for entry in entries],
         [entry.resource_id for entry in entries],
         [_json(entry.new) for entry in entries],
-        [event.trace_id for event in events],
+        [event.origin.trace_id for event in events],
+        [user_ids.get(username) for username, _ in actors],
+        [key_id for _, key_id in actors],
     )
 
 
@@ -135,7 +157,7 @@ async def rows_before(
     args: list[Any] = [limit, start, *place, MAX_BYTES]
     order = "ORDER BY timestamp DESC, log_id DESC LIMIT $1"
     query = f"""
-        SELECT log_id, timestamp, user_id, action, resource_type, resource_id,
+        SELECT log_id, timestamp, user_id, key_id, action, resource_type, resource_id,
                CASE WHEN octet_length(old_value::text) > $5 THEN ''
                     ELSE old_value::text END AS old_value,
                CASE WHEN octet_length(new_value::text) > $5 THEN ''
@@ -198,6 +220,7 @@ def _audit_log(row: Any) -> pb.AuditLog:
     entry = pb.AuditLog(
         log_id=row["log_id"],
         user_id=str(row["user_id"] or ""),
+        key_id=str(row["key_id"] or ""),
         action=row["action"],
         resource_type=row["resource_type"],
         resource_id=row["resource_id"],

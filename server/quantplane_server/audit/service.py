@@ -1,13 +1,12 @@
 """AuditService: who changed what, and when."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator
 from struct import Struct
-from typing import TypeAlias
 
 from quantplane import v1 as pb
 from quantplane.v1 import audit_pb2_grpc as rpc
 from quantplane_server.audit import checks, queries
-from quantplane_server.audit.queries import Place
+from quantplane_server.audit.queries import Place, Usernames
 from quantplane_server.checks import FIRST, LAST, time_given, time_us, to_datetime
 from quantplane_server.db import Connection, Database
 from quantplane_server.rpc.interceptor import Context
@@ -15,11 +14,6 @@ from quantplane_server.tokens import Tokens, list_purpose
 
 PAGE = 100  # where a request names no page_size
 MAX_PAGE_BYTES = 3_500_000  # a message must stay below 4 MiB
-
-# Returns the names of users by their ids: of these ids, and of these names.
-Usernames: TypeAlias = Callable[
-    [Connection, Collection[str], Collection[str]], Awaitable[dict[str, str]]
-]
 
 _PACKED = Struct("!qq")  # microseconds, and the id
 

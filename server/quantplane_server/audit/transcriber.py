@@ -7,12 +7,13 @@ log: who finds the row moved by another leaves its page to it.
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 from quantplane import v1 as pb
 from quantplane_server import db as databases
 from quantplane_server.audit import queries
 from quantplane_server.audit.events import MAKE
-from quantplane_server.audit.queries import Entry
+from quantplane_server.audit.queries import Entry, Event, Usernames
 from quantplane_server.db import Connection, Database
 from quantplane_server.errors import Compacted
 from quantplane_server.log import (
@@ -24,6 +25,7 @@ from quantplane_server.log import (
     check_of,
     read,
 )
+from quantplane_server.principal import parsed
 from quantplane_server.rpc.caller import Caller
 
 logger = logging.getLogger(__name__)
@@ -34,9 +36,12 @@ POLL_S = 1.0
 class Transcriber:
     """Enters the events of one log, each once, within about a second."""
 
-    def __init__(self, db: Database, reference: Database, log: str) -> None:
+    def __init__(
+        self, db: Database, reference: Database, usernames: Usernames, log: str
+    ) -> None:
         self._db = db
         self._reference = reference
+        self._usernames = usernames
         self._log = log
         self._failure: type[Exception] | None = None  # that was told
 
@@ -68,8 +73,17 @@ class Transcriber:
             if not await queries.move(conn, self._log, before, through):
                 return False
             make = MAKE[self._log]
-            await queries.enter(conn, [make(entry, number) for number, entry in page])
+            events = [make(entry, number) for number, entry in page]
+            await queries.enter(conn, events, await self._user_ids(conn, events))
         return len(page) == PAGE or sum(len(entry) for _, entry in page) >= PAGE_BYTES
+
+    async def _user_ids(
+        self, conn: Connection, events: Sequence[Event]
+    ) -> dict[str, str]:
+        """Return the ids of the users whom events name, by their names."""
+        names = {parsed(event.origin.actor)[0] for event in events} - {""}
+        found = await self._usernames(conn, (), names) if names else {}
+        return {name: user_id for user_id, name in found.items()}
 
     async def _enter_gap(self, before: Position, gap: Compacted) -> bool:
         """Go on from the oldest event that is there, and say so."""

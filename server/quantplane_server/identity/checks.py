@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 
 from quantplane import v1 as pb
 from quantplane_server.checks import ID, SYMBOL, Checks, is_bound, is_id, is_name
+from quantplane_server.origin import SERVER
 
 MAX_PAGE = 1_000
 MAX_NAMES = 100  # in a mask
@@ -24,6 +25,7 @@ PASSWORD = "must be 12 to 256 characters"
 GIVEN = "must be given, with at most 256 characters"
 EMAIL = "must be 3 to 254 printable characters without space, one of them an @"
 WORD_OR_ANY = "must be 1 to 64 of a-z, digits and underscore, or *"
+RESERVED = "must not be the name by which events name the server itself"
 MASK = "must name email, role or is_active"
 AHEAD = "must lie ahead of the server's clock, before the year 10000"
 
@@ -38,6 +40,7 @@ def check_create_user(request: pb.CreateUserRequest) -> None:
     with Checks() as check:
         user = request.user
         check(is_name(user.username), "user.username", SYMBOL)
+        check(user.username != SERVER.actor, "user.username", RESERVED)
         check(is_name(user.role), "user.role", SYMBOL)
         check(is_email(user.email), "user.email", EMAIL)
         _check_new(check, user, "user", ("username", "email", "role"))

@@ -12,8 +12,9 @@ from quantplane_server.orders.commands import Change, Fill
 from quantplane_server.orders.service import do_each
 from quantplane_server.orders.streams import CommandStream
 from quantplane_server.orders.writer import Writer
+from quantplane_server.origin import Origin
 from quantplane_server.rpc.interceptor import Context, Serialised
-from quantplane_server.rpc.trace import trace_id
+from quantplane_server.rpc.trace import origin
 from quantplane_server.streams import Streams
 from quantplane_server.tokens import Tokens
 
@@ -48,8 +49,8 @@ class BrokerService(rpc.BrokerServiceServicer):
         self, request: pb.ReportOrderEventsRequest, context: Context
     ) -> pb.ReportOrderEventsResponse:
         checks.check_batch(request.reports, "reports")
-        trace = trace_id(context)
-        commands = [_change(report, trace) for report in request.reports]
+        came = origin(context)
+        commands = [_change(report, came) for report in request.reports]
         results = await do_each(self._writer, commands)
         return pb.ReportOrderEventsResponse(results=results)
 
@@ -57,23 +58,23 @@ class BrokerService(rpc.BrokerServiceServicer):
         self, request: pb.ReportExecutionsRequest, context: Context
     ) -> pb.ReportExecutionsResponse:
         checks.check_batch(request.reports, "reports")
-        trace = trace_id(context)
-        commands = [_fill(report, trace) for report in request.reports]
+        came = origin(context)
+        commands = [_fill(report, came) for report in request.reports]
         results = await do_each(self._writer, commands)
         return pb.ReportExecutionsResponse(results=results)
 
 
-def _change(report: pb.OrderReport, trace: str) -> Change | QuantplaneError:
+def _change(report: pb.OrderReport, came: Origin) -> Change | QuantplaneError:
     try:
         checks.check_report(report)
     except InvalidRequest as error:
         return error
-    return Change(report, trace)
+    return Change(report, came)
 
 
-def _fill(report: pb.ExecutionReport, trace: str) -> Fill | QuantplaneError:
+def _fill(report: pb.ExecutionReport, came: Origin) -> Fill | QuantplaneError:
     try:
         checks.check_execution(report)
     except InvalidRequest as error:
         return error
-    return Fill(report, trace)
+    return Fill(report, came)

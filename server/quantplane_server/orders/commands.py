@@ -3,13 +3,14 @@
 from typing import NamedTuple, TypeAlias
 
 from quantplane import v1 as pb
+from quantplane_server.origin import NONE, Origin
 
 
 class Submit(NamedTuple):
     """A strategy wants an order."""
 
     order: pb.NewOrder
-    trace_id: str = ""
+    origin: Origin = NONE
     confined: bool = False  # by who does not see the signals of other strategies
 
 
@@ -17,8 +18,7 @@ class Change(NamedTuple):
     """A gateway reports an event of an order, or somebody asks for one."""
 
     report: pb.OrderReport
-    trace_id: str = ""
-    actor: str = ""
+    origin: Origin = NONE
     version: int = 0  # that the order must have; 0: any
 
 
@@ -28,14 +28,14 @@ class Replace(NamedTuple):
     order_id: str
     strategy_id: str
     request: pb.ReplaceOrderRequest
-    trace_id: str = ""
+    origin: Origin = NONE
 
 
 class Fill(NamedTuple):
     """A gateway reports a fill, a bust or a correction."""
 
     report: pb.ExecutionReport
-    trace_id: str = ""
+    origin: Origin = NONE
 
 
 Command: TypeAlias = Submit | Change | Replace | Fill

@@ -9,8 +9,8 @@ from quantplane_server import db as databases
 from quantplane_server.db import Database
 from quantplane_server.orders import queries
 from quantplane_server.orders.commands import Change
-from quantplane_server.orders.streams import SERVER
 from quantplane_server.orders.writer import Writer
+from quantplane_server.origin import SERVER
 from quantplane_server.reference.settings import (
     SESSION_END,
     SessionEnd,
@@ -78,4 +78,4 @@ def _expired(order_id: str, ended: datetime) -> Change:
         text="the session has ended",
     )
     report.time.FromDatetime(ended)
-    return Change(report, actor=SERVER)
+    return Change(report, SERVER)

@@ -39,6 +39,7 @@ from quantplane_server.orders.executions import Executions
 from quantplane_server.orders.lifecycle import terms_of
 from quantplane_server.orders.queries import Key, NameTaken
 from quantplane_server.orders.risk import Exposure
+from quantplane_server.origin import SERVER, Origin
 from quantplane_server.portfolio import queries as portfolio
 from quantplane_server.portfolio.booking import book
 from quantplane_server.signals import queries as signals
@@ -176,17 +177,17 @@ class Round:
             if not self._taken:  # the order may be there, from when its signal was good
                 raise NameTaken from error
             raise
-        order = lifecycle.created(new, new_id(), self._at, submit.trace_id)
+        order = lifecycle.created(new, new_id(), self._at, submit.origin.trace_id)
         created_at = to_datetime(time_us(self._at))
         key = Key(*name, order.order_id, created_at, _hash(new))
         self._keys[name] = key
         self._created.append(key)
         if breach := self._breach(order, terms_of(order), None):
             order = lifecycle.denied(order, breach.code, breach.text)
-            self._happened(pb.ORDER_EVENT_TYPE_DENIED, order, submit.trace_id)
+            self._happened(pb.ORDER_EVENT_TYPE_DENIED, order, submit.origin)
             raise _risk_error(order)
         self._exposure.add(order, order.quantity, 1)
-        self._happened(pb.ORDER_EVENT_TYPE_CREATED, order, submit.trace_id)
+        self._happened(pb.ORDER_EVENT_TYPE_CREATED, order, submit.origin)
         return Done(order, duplicate=False)
 
     def _check_signal(self, submit: Submit) -> None:
@@ -222,9 +223,7 @@ class Round:
     def _change(self, change: Change) -> Done:
         order = self._order(change.report.order_id)
         after = lifecycle.apply(order, change.report, self._at)
-        return self._applied(
-            after, order, change.report, change.version, change.trace_id, change.actor
-        )
+        return self._applied(after, order, change.report, change.version, change.origin)
 
     def _replace(self, replace: Replace) -> Done:
         order = self._order(replace.order_id)
@@ -245,7 +244,7 @@ class Round:
         if after:
             self._exposure.add(order, max(more, 0.0), 0)
         version = replace.request.version
-        return self._applied(after, order, report, version, replace.trace_id)
+        return self._applied(after, order, report, version, replace.origin)
 
     def _applied(
         self,
@@ -253,14 +252,13 @@ class Round:
         before: pb.Order,
         report: pb.OrderReport,
         version: int,
-        trace_id: str,
-        actor: str = "",
+        origin: Origin,
     ) -> Done:
         if after is None:
             return Done(before, duplicate=True)
         if version and version != before.version:
             raise VersionMismatch(before.version)
-        event = self._happened(report.type, after, trace_id, actor)
+        event = self._happened(report.type, after, origin)
         event.code, event.text = report.code, report.text
         if report.HasField("time"):
             event.broker_time.CopyFrom(report.time)
@@ -281,7 +279,7 @@ class Round:
         after = lifecycle.apply(order, change, self._at, filled)
         assert after, "a fact always says something new"
         self.executions += executions
-        event = self._happened(kind, after, fill.trace_id)
+        event = self._happened(kind, after, fill.origin)
         event.broker_time.CopyFrom(report.time)
         self._booked.append((event, executions))
         if order.signal_id and kind == pb.ORDER_EVENT_TYPE_TRADE:
@@ -294,13 +292,15 @@ class Round:
             raise UnknownOrder(order_id, order_id=order_id)
         return order
 
-    def _happened(
-        self, kind: Any, order: pb.Order, trace_id: str, actor: str = ""
-    ) -> pb.OrderEvent:
+    def _happened(self, kind: Any, order: pb.Order, origin: Origin) -> pb.OrderEvent:
         self._orders[order.order_id] = order
         self._changed.add(order.order_id)
         event = pb.OrderEvent(
-            time=self._at, type=kind, order=order, trace_id=trace_id, actor=actor
+            time=self._at,
+            type=kind,
+            order=order,
+            trace_id=origin.trace_id,
+            actor=origin.actor,
         )
         if kind == pb.ORDER_EVENT_TYPE_DENIED:
             event.code, event.text = order.reject_code, order.error_message
@@ -325,7 +325,7 @@ class Round:
             first = await queries.store(self._conn, self._created, changed, events)
             self.appended.append((queries.LOG, first, events))
         if executed:
-            events = log_events(pb.SIGNAL_EVENT_TYPE_EXECUTED, executed)
+            events = log_events(pb.SIGNAL_EVENT_TYPE_EXECUTED, executed, SERVER)
             first = await logs.append(self._conn, "signals", events)
             self.appended.append(("signals", first, events))
 

@@ -25,11 +25,12 @@ from quantplane_server.orders.commands import (
 )
 from quantplane_server.orders.streams import OrderStream
 from quantplane_server.orders.writer import Writer
+from quantplane_server.origin import Origin
 from quantplane_server.pages import begin, token_behind
 from quantplane_server.portfolio import queries as portfolio
 from quantplane_server.principal import bound, may_see
 from quantplane_server.rpc.interceptor import Context, Serialised
-from quantplane_server.rpc.trace import trace_id
+from quantplane_server.rpc.trace import origin
 from quantplane_server.signals import queries as signals
 from quantplane_server.streams import Streams
 from quantplane_server.tokens import Tokens
@@ -61,7 +62,7 @@ class OrderService(rpc.OrderServiceServicer):
         self, request: pb.SubmitOrderRequest, context: Context
     ) -> pb.SubmitOrderResponse:
         checks.check_new_order(request.order)
-        submit = Submit(request.order, trace_id(context), bool(bound()))
+        submit = Submit(request.order, origin(context), bool(bound()))
         done = await self._do(submit)
         return pb.SubmitOrderResponse(order=done.order, duplicate=done.duplicate)
 
@@ -69,8 +70,8 @@ class OrderService(rpc.OrderServiceServicer):
         self, request: pb.SubmitOrdersRequest, context: Context
     ) -> pb.SubmitOrdersResponse:
         checks.check_batch(request.orders, "orders")
-        trace = trace_id(context)
-        commands = [submit_or_error(order, trace) for order in request.orders]
+        came = origin(context)
+        commands = [submit_or_error(order, came) for order in request.orders]
         return pb.SubmitOrdersResponse(results=await do_each(self._writer, commands))
 
     async def ValidateOrder(
@@ -89,7 +90,7 @@ class OrderService(rpc.OrderServiceServicer):
         report = pb.OrderReport(
             order_id=order.order_id, type=pb.ORDER_EVENT_TYPE_CANCEL_REQUESTED
         )
-        change = Change(report, trace_id(context), version=request.version)
+        change = Change(report, origin(context), version=request.version)
         return pb.CancelOrderResponse(order=(await self._do(change)).order)
 
     async def ReplaceOrder(
@@ -97,7 +98,7 @@ class OrderService(rpc.OrderServiceServicer):
     ) -> pb.ReplaceOrderResponse:
         checks.check_replace(request)
         order = await self._named(request)
-        replace = Replace(order.order_id, order.strategy_id, request, trace_id(context))
+        replace = Replace(order.order_id, order.strategy_id, request, origin(context))
         return pb.ReplaceOrderResponse(order=(await self._do(replace)).order)
 
     async def _do(self, command: Command) -> Done:
@@ -196,12 +197,12 @@ class OrderService(rpc.OrderServiceServicer):
         return order
 
 
-def submit_or_error(order: pb.NewOrder, trace: str) -> Submit | QuantplaneError:
+def submit_or_error(order: pb.NewOrder, came: Origin) -> Submit | QuantplaneError:
     try:
         checks.check_new_order(order, at="")
     except InvalidRequest as error:
         return error
-    return Submit(order, trace, bool(bound()))
+    return Submit(order, came, bool(bound()))
 
 
 async def do_each(

@@ -12,10 +12,10 @@ from quantplane_server.fanout import varint
 from quantplane_server.log import Entry
 from quantplane_server.log_stream import LogStream
 from quantplane_server.orders import queries
+from quantplane_server.origin import SERVER
 
 MAX_LIVE = 100_000  # orders in a snapshot
 CHUNK = 500  # of them in a response
-SERVER = "server"  # the actor of what no one asked for
 EVENTS = b"\x12"  # the tag of the field `events`
 
 COMMANDS = {
@@ -94,7 +94,7 @@ class CommandStream(OrderLogStream):
 
 def command_of(event: pb.OrderEvent) -> pb.BrokerCommandType.ValueType | None:
     """Return what an event means to a broker, if anything."""
-    if event.type == pb.ORDER_EVENT_TYPE_EXPIRED and event.actor == SERVER:
+    if event.type == pb.ORDER_EVENT_TYPE_EXPIRED and event.actor == SERVER.actor:
         return pb.BROKER_COMMAND_TYPE_EXPIRE
     return COMMANDS.get(event.type)
 

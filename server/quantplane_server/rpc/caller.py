@@ -20,6 +20,7 @@ class Caller(NamedTuple):
 
     name: str = NOBODY  # of the user
     user_id: str | None = None
+    key_id: str | None = None  # of the API key that the call came with
     address: str | None = None  # None: not from a network
     user_agent: str = ""
     trace_id: str = ""
@@ -33,6 +34,7 @@ def caller(context: Context) -> Caller:
     return Caller(
         name=known.username if known else NOBODY,
         user_id=known.user_id if known else None,
+        key_id=known.key_id or None if known else None,
         address=address(context),
         user_agent="".join(c if c.isprintable() else "\ufffd" for c in agent),
         trace_id=trace_id(context),

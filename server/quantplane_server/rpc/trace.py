@@ -2,6 +2,8 @@
 
 import re
 
+from quantplane_server.origin import Origin
+from quantplane_server.principal import actor
 from quantplane_server.rpc.interceptor import Context
 
 HEADER = "traceparent"
@@ -9,6 +11,11 @@ PARENT = re.compile(
     r"(?P<version>(?!ff)[0-9a-f]{2})-(?P<trace>(?!0{32})[0-9a-f]{32})"
     r"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?P<more>-.*)?"
 )
+
+
+def origin(context: Context) -> Origin:
+    """Return what is kept of a call with what it changes."""
+    return Origin(trace_id(context), actor())
 
 
 def trace_id(context: Context) -> str:

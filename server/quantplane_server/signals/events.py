@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from quantplane import v1 as pb
 from quantplane_server.log import Event
+from quantplane_server.origin import Origin
 
 LOG = "signals"
 
@@ -11,18 +12,18 @@ LOG = "signals"
 def log_events(
     kind: "pb.SignalEventType.ValueType",
     signals: Iterable[pb.Signal],
-    trace_id: str = "",
-    actor: str = "",
+    origin: Origin,
 ) -> list[Event]:
     """Return an event for each signal, which is as it is after it."""
-    return [_event(kind, signal, trace_id, actor) for signal in signals]
+    return [_event(kind, signal, origin) for signal in signals]
 
 
 def _event(
-    kind: "pb.SignalEventType.ValueType", signal: pb.Signal, trace_id: str, actor: str
+    kind: "pb.SignalEventType.ValueType", signal: pb.Signal, origin: Origin
 ) -> Event:
-    event = pb.SignalEvent(type=kind, signal=signal, trace_id=trace_id)
+    event = pb.SignalEvent(type=kind, signal=signal, trace_id=origin.trace_id)
+    event.actor = origin.actor
     event.time.GetCurrentTime()
     name = pb.SignalEventType.Name(kind).removeprefix("SIGNAL_EVENT_TYPE_")
     payload = event.SerializeToString()
-    return Event(name, signal.signal_id, payload, actor, trace_id)
+    return Event(name, signal.signal_id, payload, origin.actor, origin.trace_id)

@@ -10,6 +10,7 @@ from quantplane import v1 as pb
 from quantplane_server import db as databases
 from quantplane_server.db import Database
 from quantplane_server.log import Logs, append
+from quantplane_server.origin import SERVER
 from quantplane_server.signals import queries
 from quantplane_server.signals.events import LOG, log_events
 
@@ -45,7 +46,7 @@ class Expiry:
             if not due:
                 return 0
             expired = await queries.set_status(conn, due, pb.SIGNAL_STATUS_EXPIRED)
-            events = log_events(pb.SIGNAL_EVENT_TYPE_EXPIRED, expired)
+            events = log_events(pb.SIGNAL_EVENT_TYPE_EXPIRED, expired, SERVER)
             first = await append(conn, LOG, events)
         self._logs.committed(LOG, first, events)
         return len(expired)

@@ -18,7 +18,7 @@ from quantplane_server.log_stream import LogStream
 from quantplane_server.pages import begin, token_behind
 from quantplane_server.principal import may_see
 from quantplane_server.rpc.interceptor import Context, Serialised
-from quantplane_server.rpc.trace import trace_id
+from quantplane_server.rpc.trace import origin
 from quantplane_server.signals import checks, queries
 from quantplane_server.signals.events import LOG, log_events
 from quantplane_server.streams import Streams
@@ -49,17 +49,16 @@ class SignalService(rpc.SignalServiceServicer):
         self, request: pb.PublishSignalsRequest, context: Context
     ) -> pb.PublishSignalsResponse:
         checks.check_publish(request.signals)
-        trace = trace_id(context)
+        came = origin(context)
         ids = [signal.signal_id for signal in request.signals]
         async with self._db.transaction() as conn:
             await _claim(conn, request.signals)
             signals = await queries.find(conn, ids)
-            new = [
-                _new(s, trace) for s in request.signals if s.signal_id not in signals
-            ]
+            missing = (s for s in request.signals if s.signal_id not in signals)
+            new = [_new(signal, came.trace_id) for signal in missing]
             if new:
                 await queries.insert(conn, new)
-                events = log_events(pb.SIGNAL_EVENT_TYPE_PUBLISHED, new, trace)
+                events = log_events(pb.SIGNAL_EVENT_TYPE_PUBLISHED, new, came)
                 first = await append(conn, LOG, events)
         if new:
             self._logs.committed(LOG, first, events)
@@ -80,7 +79,7 @@ class SignalService(rpc.SignalServiceServicer):
                 conn, [signal], pb.SIGNAL_STATUS_CANCELLED
             )
             kind = pb.SIGNAL_EVENT_TYPE_CANCELLED
-            events = log_events(kind, changed, trace_id(context))
+            events = log_events(kind, changed, origin(context))
             first = await append(conn, LOG, events)
         self._logs.committed(LOG, first, events)
         return pb.CancelSignalResponse(signal=signal)
