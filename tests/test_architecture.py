@@ -178,7 +178,8 @@ def test_only_clients_use_the_client():
     allowed = {"quantplane.ids", "quantplane.ids.new_id"}
     # Files and variables that both sides know, and the health check's channel.
     common = tuple(
-        f"quantplane.{name}" for name in ("v1", "tls", "credentials", "state")
+        f"quantplane.{name}"
+        for name in ("v1", "tls", "credentials", "state", "descriptors")
     )
     for path, names in modules():
         client = {

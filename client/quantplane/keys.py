@@ -18,6 +18,7 @@ from google.protobuf.descriptor import (
 from google.protobuf.message import Message
 
 from quantplane import v1 as pb
+from quantplane.descriptors import holds
 from quantplane.ids import new_id
 
 
@@ -75,23 +76,8 @@ def _fields(descriptor: Descriptor) -> _Fields:
     fields = descriptor.fields
     return _Fields(
         keys=[field.name for field in fields if _is_key(field)],
-        holders=[field.name for field in fields if _has_keys(field.message_type)],
+        holders=[field.name for field in fields if holds(field.message_type, _is_key)],
     )
-
-
-def _has_keys(descriptor: Descriptor | None) -> bool:
-    """Tell whether a message of this type can hold a key, at any depth."""
-    seen: set[Descriptor] = set()  # types may contain themselves
-    ahead = [descriptor]
-    while ahead:
-        found = ahead.pop()
-        if found is None or found in seen:
-            continue
-        if any(map(_is_key, found.fields)):
-            return True
-        seen.add(found)
-        ahead += [field.message_type for field in found.fields]
-    return False
 
 
 def _is_key(field: FieldDescriptor) -> bool:

@@ -2,7 +2,6 @@
 
 import re
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypeAlias
 
@@ -10,8 +9,7 @@ from pydantic import AfterValidator, PositiveFloat, PositiveInt
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-ADDRESS = re.compile(r"(?:\[(?P<v6>[^]]*)]|(?P<host>[^:]*)):[0-9]+")
-
+from quantplane.tls import is_loopback
 
 # A password with characters that divide a URL is taken for a host, a port or a path,
 # and who reports that one of these is wrong repeats it.
@@ -107,7 +105,7 @@ class Settings(BaseSettings):
         Raises ValueError where only some are set, or where plaintext, or calls of
         anybody, would leave loopback.
         """
-        if not (self.auth or _is_loopback(self.listen)):
+        if not (self.auth or is_loopback(self.listen)):
             raise ValueError(
                 f"{self.listen} is beyond loopback, where QUANTPLANE_AUTH must be true"
             )
@@ -117,7 +115,7 @@ class Settings(BaseSettings):
             raise ValueError(
                 "QUANTPLANE_TLS_CERT and QUANTPLANE_TLS_KEY must both be set for TLS"
             )
-        if not (self.insecure or _is_loopback(self.listen)):
+        if not (self.insecure or is_loopback(self.listen)):
             raise ValueError(
                 f"{self.listen} is beyond loopback, where plaintext can be read and "
                 "changed: set QUANTPLANE_TLS_CERT and QUANTPLANE_TLS_KEY, or say "
@@ -132,18 +130,3 @@ class Settings(BaseSettings):
             for name, value in self.model_dump().items()
             if value is not None
         }
-
-
-def _is_loopback(listen: str) -> bool:
-    """Say whether only this machine reaches an address as gRPC takes it."""
-    if listen.startswith(("unix:", "unix-abstract:")):
-        return True
-    match = ADDRESS.fullmatch(listen)
-    if match is None:
-        return False
-    if match["host"] == "localhost":
-        return True
-    try:
-        return ip_address(match["v6"] or match["host"]).is_loopback
-    except ValueError:
-        return False

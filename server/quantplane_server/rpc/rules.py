@@ -13,6 +13,7 @@ from google.protobuf.descriptor import (
 from google.protobuf.message import Message
 
 from quantplane import v1 as pb
+from quantplane.descriptors import holds
 from quantplane_server.errors import PermissionDenied
 
 NAMES = ("strategy_id", "strategy_ids")  # of the fields that name strategies
@@ -104,17 +105,6 @@ def _fields(descriptor: Descriptor) -> list[FieldDescriptor]:
     ]
 
 
-@cache
 def names_strategies(descriptor: Descriptor | None) -> bool:
     """Tell whether a message of this type can name a strategy, at any depth."""
-    seen: set[Descriptor] = set()  # types may contain themselves
-    ahead = [descriptor]
-    while ahead:
-        found = ahead.pop()
-        if found is None or found in seen:
-            continue
-        if any(field.name in NAMES for field in found.fields):
-            return True
-        seen.add(found)
-        ahead += [field.message_type for field in found.fields]
-    return False
+    return holds(descriptor, lambda field: field.name in NAMES)
