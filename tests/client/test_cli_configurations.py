@@ -38,6 +38,7 @@ async def value(client, key):
     ("arguments", "words"),
     [
         (("config", "set", "desk.name"), "VALUE"),
+        (("config", "set", "desk.name", "a", "--value-stdin"), "VALUE"),
         (("config", "set", "desk.name", str(2**53 + 1)), "can't be kept exactly"),
         (("config", "get"), "KEY"),
         (("config", "list", "--limit", "0"), "--limit"),
@@ -69,6 +70,12 @@ async def test_a_value_is_json_or_else_text(client, call):
     for words, told in expected:
         await call("config", "set", "desk.x", *words)
         assert await value(client, "desk.x") == told, words
+
+
+async def test_a_secret_value_need_not_be_an_argument(client, server):
+    asked = ("config", "set", "desk.password", "--value-stdin")
+    assert (await invoke(server.target, *asked, stdin="s3 cret\n")).exit_code == 0
+    assert await value(client, "desk.password") == "s3 cret"
 
 
 async def test_the_end_of_the_session_is_set_as_people_say_it(client, call):

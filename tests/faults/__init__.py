@@ -199,8 +199,9 @@ class Reader:
         if task.done():
             task.result()
         expected = numbers_through(feed.sent, feed.symbols)
-        assert difference(self.numbers, expected) == []
-        assert self.gaps == []
+        problems = difference(self.numbers, expected)
+        assert not problems, problems
+        assert not self.gaps, self.gaps
 
 
 def stream(

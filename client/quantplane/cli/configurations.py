@@ -1,5 +1,6 @@
 """Commands of configurations."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -65,13 +66,21 @@ def get(
 def set_value(
     key: KeyArgument,
     value: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="VALUE",
             help="JSON, or text where it is none: 60, '[\"SPY\"]', 17:00 "
             "America/New_York. One that begins with - goes behind --.",
         ),
-    ],
+    ] = None,
+    from_stdin: Annotated[
+        bool,
+        typer.Option(
+            "--value-stdin",
+            help="Read it from standard input, so that nobody else on this machine "
+            "sees it.",
+        ),
+    ] = False,
     description: Annotated[
         str | None, typer.Option(help="What it is for.", show_default="as it is")
     ] = None,
@@ -81,9 +90,12 @@ def set_value(
     """Set what is under a key, in force at once."""
     from quantplane import v1 as pb
 
+    if bool(value) == from_stdin:
+        raise typer.BadParameter("give VALUE or --value-stdin")
+    text = sys.stdin.read().rstrip("\r\n") if from_stdin else " ".join(value or ())
     configuration = pb.Configuration(
         key=key,
-        value=value_of(" ".join(value), "VALUE"),
+        value=value_of(text, "VALUE"),
         description=description or "",
     )
     mask = ["value"] if description is None else ["value", "description"]
