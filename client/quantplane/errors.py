@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 Detail = TypeVar("Detail", bound=Message)
@@ -33,6 +33,12 @@ def violations_of(error: grpc.RpcError) -> list[tuple[str, str]]:
         for request in _details(error, BadRequest)
         for violation in request.field_violations
     ]
+
+
+def retry_s(error: grpc.RpcError) -> float:
+    """Return in how many seconds the server wants it tried again; 0: it did not say."""
+    waits = (info.retry_delay for info in _details(error, RetryInfo))
+    return next((wait.ToMilliseconds() / 1_000 for wait in waits), 0.0)
 
 
 def describe(error: grpc.RpcError) -> str:

@@ -51,19 +51,6 @@ def called(place: Place) -> str:
     return ".".join(field.name for field in place)
 
 
-def texts_of(message: Message) -> Iterator[str]:
-    """Yield all text of a message."""
-    for field, value in message.ListFields():
-        parts = list(value) if field.is_repeated else [value]
-        if field.message_type and field.message_type.GetOptions().map_entry:
-            parts += value.values()
-        for one in parts:
-            if isinstance(one, str):
-                yield one
-            elif isinstance(one, Message):
-                yield from texts_of(one)
-
-
 def obeyed(text: str) -> set[str]:
     """Return the characters of a text that a terminal or a log may obey."""
     return {each for each in text if not each.isprintable()}

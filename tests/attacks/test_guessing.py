@@ -6,10 +6,8 @@ from typing import Any
 
 import grpc
 import pytest
-from google.rpc.error_details_pb2 import RetryInfo
-from grpc_status import rpc_status
 
-from quantplane import Client, reason_of
+from quantplane import Client, reason_of, retry_s
 from quantplane import v1 as pb
 from quantplane_server.identity import keys
 from quantplane_server.identity.logins import PAIR
@@ -25,12 +23,7 @@ async def told(call: Any) -> tuple[str, float]:
     """Return the reason of a refusal, and after which time it says to try again."""
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await call
-    status: Any = rpc_status.from_call(raised.value)  # type: ignore[arg-type]
-    wait_s = 0.0
-    for detail in status.details:
-        if detail.Unpack(info := RetryInfo()):
-            wait_s = info.retry_delay.ToMilliseconds() / 1_000
-    return reason_of(raised.value), wait_s
+    return reason_of(raised.value), retry_s(raised.value)
 
 
 async def test_of_many_wrong_keys_in_flight_few_are_judged(

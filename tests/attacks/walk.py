@@ -5,19 +5,17 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import asyncpg
 import grpc
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
-from grpc_status import rpc_status
 
-from quantplane import Client, reason_of
+from quantplane import Client, metadata_of, reason_of, violations_of
 from quantplane_server.processes import READY
 from tests.attacks import good
-from tests.attacks.payloads import TEXTS, called, obeyed, places, texts_of, write
+from tests.attacks.payloads import TEXTS, called, obeyed, places, write
 from tests.client.commands import invoke
 from tests.identity.callers import METHODS, Channel, People, bearer, channel, named
 from tests.postgres import KEY
@@ -119,12 +117,8 @@ async def _told(calls: Channel, method: Any, request: Any) -> tuple[str, set[str
     try:
         response = await calls.response(method, bearer(KEY), request)
     except grpc.aio.AioRpcError as error:
-        texts = [error.details() or ""]
-        status: Any = rpc_status.from_call(error)  # type: ignore[arg-type]
-        for detail in status.details if status else ():
-            for kind in (ErrorInfo(), BadRequest()):
-                if detail.Unpack(kind):
-                    texts += texts_of(kind)
+        pairs = [*metadata_of(error).items(), *violations_of(error)]
+        texts = [error.details() or "", reason_of(error), *chain(*pairs)]
         return reason_of(error) or error.code().name, obeyed("".join(texts))
     results = getattr(response, "results", ())  # each with an error of its own
     return "OK", obeyed("".join(result.message for result in results))

@@ -2,6 +2,8 @@ import asyncio
 
 import grpc
 import pytest
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
 
 from quantplane import v1 as pb
 from quantplane.errors import (
@@ -9,6 +11,7 @@ from quantplane.errors import (
     is_transient,
     metadata_of,
     reason_of,
+    retry_s,
     violations_of,
 )
 from tests.client import refuse, serving, status
@@ -46,6 +49,17 @@ async def test_an_error_tells_every_violation():
     rules = [("symbol", "is empty"), ("interval", "is negative")]
     error = await error_of(Code.INVALID_ARGUMENT, "INVALID_FIELD", rules)
     assert violations_of(error) == rules
+
+
+async def test_an_error_tells_when_to_try_again():
+    told = Status()
+    info = RetryInfo()
+    info.retry_delay.FromMilliseconds(1_500)
+    told.details.add().Pack(info)
+    trailing = (("grpc-status-details-bin", told.SerializeToString()),)
+    error = await error_of(Code.RESOURCE_EXHAUSTED, details=("later", trailing))
+    assert retry_s(error) == 1.5
+    assert retry_s(await error_of(Code.NOT_FOUND)) == 0
 
 
 async def test_an_error_from_elsewhere_has_no_reason_metadata_or_violations():

@@ -13,12 +13,10 @@ import grpc
 import jwt
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
-from google.rpc.error_details_pb2 import RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from grpc_status import rpc_status
 
-from quantplane import metadata_of, reason_of
+from quantplane import metadata_of, reason_of, retry_s
 from quantplane import v1 as pb
 from quantplane_server import main
 from quantplane_server.config import Settings
@@ -752,15 +750,6 @@ async def test_who_calls_too_often_is_told_when_to_call_again(
         assert metadata_of(raised.value) == {"limit": "1"}
         assert 0 < retry_s(raised.value) <= 1
         assert await calls.answer(LIST_SYMBOLS, await people.key("admin")) == "OK"
-
-
-def retry_s(error: grpc.aio.AioRpcError) -> float:
-    status: Any = rpc_status.from_call(error)  # type: ignore[arg-type]
-    for detail in status.details:
-        if detail.Is(RetryInfo.DESCRIPTOR):
-            detail.Unpack(info := RetryInfo())
-            return float(info.retry_delay.ToMilliseconds() / 1_000)
-    raise AssertionError(status)
 
 
 async def test_who_has_too_many_calls_under_way_waits_for_one_to_end(
