@@ -32,8 +32,8 @@ class Valkey(Service):
             "unixsocket": str(self._socket),
             "unixsocketperm": "700",
             "dir": str(data),
-            # It answers after the write, so a kill loses nothing; see appendfsync
-            # for what a power cut loses.
+            # It answers after the write, so a kill loses nothing, unless the disk
+            # is so slow that everysec holds the write back; see the README.
             "appendonly": "yes",
             "appendfsync": "no" if self.ephemeral else "everysec",
             "save": "",
