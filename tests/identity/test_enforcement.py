@@ -554,7 +554,7 @@ class Known:
     def current(self, known: Any) -> Any:
         return known
 
-    def permits(self, known: Any, resource: str, action: str) -> bool:
+    def permits(self, role: str, resource: str, action: str) -> bool:
         return True
 
     async def refresh(self) -> None: ...

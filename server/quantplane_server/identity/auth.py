@@ -8,7 +8,8 @@ from quantplane_server.errors import Unauthenticated
 from quantplane_server.identity import checks, queries
 from quantplane_server.identity.logins import Logins
 from quantplane_server.identity.sessions import Sessions
-from quantplane_server.rpc.caller import caller, principal
+from quantplane_server.principal import principal
+from quantplane_server.rpc.caller import caller
 from quantplane_server.rpc.interceptor import Context
 
 

@@ -15,8 +15,9 @@ from quantplane_server.identity.changes import By
 from quantplane_server.identity.logins import Logins
 from quantplane_server.identity.passwords import Passwords
 from quantplane_server.identity.sessions import Changed
+from quantplane_server.principal import principal
 from quantplane_server.reference import pages
-from quantplane_server.rpc.caller import caller, principal
+from quantplane_server.rpc.caller import caller
 from quantplane_server.rpc.interceptor import Context
 from quantplane_server.tokens import Tokens
 

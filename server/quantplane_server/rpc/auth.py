@@ -54,7 +54,7 @@ class Directory(Protocol):
     def current(self, known: Principal) -> Principal | None:
         """Return what somebody known before is now; None: no longer known."""
 
-    def permits(self, known: Principal, resource: str, action: str) -> bool: ...
+    def permits(self, role: str, resource: str, action: str) -> bool: ...
 
     async def refresh(self) -> None:
         """Make the picture current."""
@@ -210,7 +210,7 @@ class Guard:
         if current is None:
             return Unauthenticated()
         if not rule.open_to_known and not (
-            rule.permission and self._directory.permits(known, *rule.permission)
+            rule.permission and self._directory.permits(current.role, *rule.permission)
         ):
             resource, action = rule.permission or ("", "")
             return PermissionDenied(

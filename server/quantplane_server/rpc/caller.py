@@ -4,9 +4,7 @@ import re
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from quantplane_server.principal import PRINCIPAL as PRINCIPAL
-from quantplane_server.principal import Principal as Principal
-from quantplane_server.principal import principal as principal
+from quantplane_server.principal import principal
 from quantplane_server.rpc.interceptor import Context
 from quantplane_server.rpc.trace import trace_id
 
