@@ -24,6 +24,7 @@ from benchmarks import (
     recording,
     resuming,
     slow_reader,
+    tracing,
 )
 from benchmarks.harness import BUILD, LOG, Bench, Figure, Lab
 
@@ -97,6 +98,12 @@ BENCHMARKS = {
     ),
     "auth_vs_none": Benchmark(
         auth.vs_none, "the same call, QUANTPLANE_AUTH=false", Goal("ratio", most=1.15)
+    ),
+    "tracing_call_cost": Benchmark(
+        tracing.of_a_call, "the same, not traced", Goal("ratio", most=1.05)
+    ),
+    "tracing_quote_cost": Benchmark(
+        tracing.of_a_quote, "the same, not traced", Goal("ratio", most=1.05)
     ),
     "portfolio_cost": Benchmark(
         portfolio.cost, "without a watched portfolio", Goal("ratio", least=0.8)

@@ -156,7 +156,11 @@ class Bench:
 
     @asynccontextmanager
     async def command(
-        self, *arguments: str, dsn: str | None = None, auth: bool = True
+        self,
+        *arguments: str,
+        dsn: str | None = None,
+        auth: bool = True,
+        variables: Mapping[str, str] | None = None,
     ) -> AsyncIterator[tuple[str, Process]]:
         """Run `quantplane-server ARGUMENTS`; yield what it is ready on, and itself."""
         environment = {
@@ -164,6 +168,7 @@ class Bench:
             "QUANTPLANE_REDIS_URL": self.redis_url,
             "QUANTPLANE_GRACE_S": "1",
             "QUANTPLANE_AUTH": str(auth),
+            **(variables or {}),
         }
         server = await Process.start(
             *("quantplane_server", *arguments, "--until-eof"),
@@ -182,10 +187,14 @@ class Bench:
         return self.command("serve", "--listen", "127.0.0.1:0", dsn=dsn)
 
     def server_without_recorder(
-        self, *, dsn: str | None = None, auth: bool = True
+        self,
+        *,
+        dsn: str | None = None,
+        auth: bool = True,
+        variables: Mapping[str, str] | None = None,
     ) -> Any:
         listen = ("--share-port", "--listen", "127.0.0.1:0")
-        return self.command("serve", *listen, dsn=dsn, auth=auth)
+        return self.command("serve", *listen, dsn=dsn, auth=auth, variables=variables)
 
     def database(self) -> Any:
         """Make another empty database; yield its DSN."""

@@ -228,7 +228,7 @@ async def test_what_is_not_set_or_not_there_is_one_sentence(
         "QUANTPLANE_POSTGRES_DSN": "postgresql://127.0.0.1:1/x",
         "QUANTPLANE_REDIS_URL": redis_url,
     }
-    assert "can't be reached" in await failed("record", **away)
+    assert "can't be reached" in await failed("user", "list", **away)
     async with database(postgres_dsn, migrated=False) as empty:
         old = {"QUANTPLANE_POSTGRES_DSN": empty, "QUANTPLANE_REDIS_URL": redis_url}
         assert "run `quantplane-server migrate`" in await failed("record", **old)
@@ -246,7 +246,7 @@ async def test_what_is_not_set_or_not_there_is_one_sentence(
     refused = postgres_dsn.replace("//quantplane@", "//nobody@")
     for command in ("migrate", "record"):
         told = await failed(command, **real | {"QUANTPLANE_POSTGRES_DSN": refused})
-        assert told.endswith('the database refused: role "nobody" does not exist')
+        assert told.endswith('refuses: role "nobody" does not exist')
 
 
 async def test_a_password_that_makes_no_url_is_not_repeated():

@@ -1,9 +1,12 @@
+from collections.abc import Callable
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quantplane import v1 as pb
 from quantplane_server.bus import Entry, Position
 from quantplane_server.fanout import Latest, Lossless, Piece, framed, split, varint
+from quantplane_server.stamps import UNTRACED_BYTES
 from quantplane_server.tokens import Tokens
 
 KEYS = [b"A", b"B", b"C"]
@@ -31,9 +34,9 @@ def test_a_varint_is_protobufs(value: int):
     assert field == (b"\x10" + varint(value) if value else b"")
 
 
-def entry(number: int, parts: dict[bytes, list[bytes]]) -> Entry:
+def entry(number: int, parts: dict[bytes, list[bytes]], stamp: bytes = b"") -> Entry:
     joined = {key: b"".join(found) for key, found in parts.items()}
-    return Entry(Position(1, number), 0, joined)
+    return Entry(Position(1, number), 0, joined, stamp)
 
 
 @given(entries, st.booleans(), st.lists(st.booleans(), min_size=20, max_size=20))
@@ -82,6 +85,25 @@ def test_lossless_delivers_all_in_order_or_overflows_and_holds_nothing(
     assert queue.bytes == 0
 
 
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=20), st.data())
+def test_what_is_taken_has_the_newest_stamp_in_it_and_the_newest_with_a_trace(
+    pushed: list[tuple[bool, bool]], data: st.DataObject
+):
+    queue = data.draw(st.sampled_from([Lossless, lambda: Latest(True)]))()
+    newest = traced = b""
+    for number, (is_traced, take) in enumerate(pushed):
+        newest = bytes((number,)) * (UNTRACED_BYTES + is_traced)
+        traced = newest if is_traced else traced
+        piece = Piece.cut(entry(number, {b"A": [framed(b"")]}, newest), frozenset(KEYS))
+        queue.push(0, piece)
+        if take:
+            taken = queue.take()
+            assert (taken.stamp, taken.traced) == (newest, traced)
+            newest = traced = b""
+    taken = queue.take()
+    assert (taken.stamp, taken.traced) == (newest, traced)
+
+
 @given(st.binary(), st.binary(), st.binary(max_size=100), st.data())
 def test_a_token_opens_only_unaltered_and_for_its_purpose(
     key: bytes, purpose: bytes, payload: bytes, data: st.DataObject
@@ -93,3 +115,23 @@ def test_a_token_opens_only_unaltered_and_for_its_purpose(
     altered = token[:at] + bytes((token[at] ^ 1,)) + token[at + 1 :]
     assert Tokens(key).open(purpose, altered) is None
     assert Tokens(key).open(purpose, token[:at]) is None
+
+
+@given(
+    st.sampled_from([Lossless, lambda: Latest(True), lambda: Latest(False)]),
+    st.lists(st.booleans(), max_size=30),
+)
+def test_the_oldest_is_the_stamp_of_the_first_entry_that_is_pending(
+    kind: Callable[[], Lossless | Latest], takes: list[bool]
+):
+    queue, pending = kind(), []
+    for number, take in enumerate(takes):
+        stamp = b"%d" % number
+        one = Entry(Position(1, number), 0, {b"A": framed(b"x")}, stamp)
+        queue.push(0, Piece.cut(one, frozenset([b"A"])))
+        pending.append(stamp)
+        assert queue.oldest == pending[0]
+        if take:
+            queue.take()
+            pending.clear()
+            assert queue.oldest == b""

@@ -289,7 +289,7 @@ async def test_what_waits_to_be_told_is_bounded(
     async with process(dsn, NOBODY) as here:
         for first in upto(100):
             here.logs.committed("signals", first, [event(first, size=1_000)])
-        waiting = [payload for _, _, told in here.logs._outbox for payload in told]
+        waiting = [payload for _, _, told, _ in here.logs._outbox for payload in told]
         assert 8_000 < sum(map(len, waiting)) <= 10_000
 
 

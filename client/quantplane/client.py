@@ -171,7 +171,7 @@ class Client:
 
         `method` is an attribute of a service: `client.market_data.StreamQuotes`.
         """
-        follower = Follower(method, request)
+        follower = Follower(method, request, self._channel)
         self._streams.add(follower)
         return follower
 

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import grpc
 from grpc.aio import Metadata
 
-from quantplane import state
+from quantplane import state, tracing
 from quantplane.tls import Tls, from_environment, is_loopback, port_of
 
 Token: TypeAlias = str | Callable[[], str]
@@ -92,21 +92,21 @@ class KnownChannel:
         self._channel = channel
         self._credentials = credentials
 
-    def unary_unary(self, *arguments: Any, **options: Any) -> UnaryMethod:
-        method = self._channel.unary_unary(*arguments, **options)
-        return UnaryMethod(method, self._credentials)
+    def unary_unary(self, path: str, *arguments: Any, **options: Any) -> UnaryMethod:
+        method = self._channel.unary_unary(path, *arguments, **options)
+        return UnaryMethod(path, method, self._credentials)
 
-    def unary_stream(self, *arguments: Any, **options: Any) -> KnownMethod:
+    def unary_stream(self, *arguments: Any, **options: Any) -> StreamMethod:
         method = self._channel.unary_stream(*arguments, **options)
-        return KnownMethod(method, self._credentials)
+        return StreamMethod(method, self._credentials)
 
-    def stream_unary(self, *arguments: Any, **options: Any) -> KnownMethod:
+    def stream_unary(self, *arguments: Any, **options: Any) -> StreamMethod:
         method = self._channel.stream_unary(*arguments, **options)
-        return KnownMethod(method, self._credentials)
+        return StreamMethod(method, self._credentials)
 
-    def stream_stream(self, *arguments: Any, **options: Any) -> KnownMethod:
+    def stream_stream(self, *arguments: Any, **options: Any) -> StreamMethod:
         method = self._channel.stream_stream(*arguments, **options)
-        return KnownMethod(method, self._credentials)
+        return StreamMethod(method, self._credentials)
 
 
 class KnownMethod:
@@ -127,8 +127,33 @@ class KnownMethod:
         return self._method(*request, metadata=shown, **options)
 
 
+class StreamMethod(KnownMethod):
+    """As KnownMethod, of several requests or responses."""
+
+    def __call__(self, *request: Any, metadata: Any = None, **options: Any) -> Any:
+        metadata = tracing.with_current(metadata)
+        return super().__call__(*request, metadata=metadata, **options)
+
+
 class UnaryMethod(KnownMethod, grpc.aio.UnaryUnaryMultiCallable):  # type: ignore[type-arg]
     """As KnownMethod, of one request and one response."""
+
+    def __init__(self, path: str, method: Any, credentials: Credentials) -> None:
+        super().__init__(method, credentials)
+        self._name = path.removeprefix("/")
+
+    def __call__(self, *request: Any, metadata: Any = None, **options: Any) -> Any:
+        trace = tracing.UnaryTrace.begin(self._name, metadata)
+        if trace is None:
+            return super().__call__(*request, metadata=metadata, **options)
+        try:
+            metadata = trace.metadata(metadata)
+            call = super().__call__(*request, metadata=metadata, **options)
+        except BaseException as error:
+            trace.fail(error)
+            raise
+        trace.end_with(call)
+        return call
 
 
 def shown_by(method: Any) -> str:

@@ -28,6 +28,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from quantplane import v1 as pb
 from quantplane.credentials import is_renewed, shown_by
 from quantplane.errors import describe, is_transient, metadata_of, reason_of
+from quantplane.latency import Latency
+from quantplane.reaching import is_cut_off, why_cut_off
 
 logger = logging.getLogger(__name__)
 
@@ -92,18 +94,24 @@ class Follower(Generic[Response]):
     _call: Any = None
 
     def __init__(
-        self, method: StreamMethod[Request, Response], request: Request
+        self,
+        method: StreamMethod[Request, Response],
+        request: Request,
+        channel: grpc.aio.Channel,
     ) -> None:
         self.reconnects = 0
         self.gaps = 0
+        self.latency = Latency()
         described = _method_of(request.DESCRIPTOR)
         self._name = described.name
         self._response_type: Any = GetMessageClass(described.output_type)
         self._method: Any = method
+        self._channel = channel
         self._request = _copy(request)
         self._token = request.resume_token
         self._resumed_from = b""
         self._both_ways = described.client_streaming
+        self._stamped = "stamps" in described.output_type.fields_by_name
         self._acknowledge_every = sys.maxsize
         if self._both_ways:
             self._request.max_unacknowledged = (
@@ -124,6 +132,8 @@ class Follower(Generic[Response]):
         self._ticks = 0
         self._timer: asyncio.TimerHandle | None = None
         self._waiting = False  # for the wire, not for the application
+        self._said_why = False  # the server can't be reached
+        self._saying: asyncio.Task[None] | None = None
         self._server_time: Timestamp | None = None
         self._delivered_ns = 0
         self._complete = False  # all that was asked for has come
@@ -223,6 +233,7 @@ class Follower(Generic[Response]):
         if not response:
             raise _Lost("the server ended the stream")
         self._was_let_in = True
+        self._said_why = False
         return response
 
     async def _is_renewed(self, error: grpc.RpcError) -> bool:
@@ -274,8 +285,16 @@ class Follower(Generic[Response]):
         # application has dropped.
         self._timer = self._loop.call_later(self._tick_s, _tick, weakref.ref(self))
         self._ticks += self._waiting
+        if self._waiting and not self._said_why and is_cut_off(self._channel):
+            self._saying = asyncio.create_task(self._say_why())
         if self._ticks > TICKS and self._call is not None:
             self._call.cancel()
+
+    async def _say_why(self) -> None:
+        why = await why_cut_off(self._channel)
+        if why and not self._said_why:
+            self._said_why = True
+            logger.warning("%s: the server can't be reached: %s", self._name, why)
 
     async def _pause(self, lost: _Lost) -> None:
         delay = self._backoff.next()
@@ -307,6 +326,8 @@ class Follower(Generic[Response]):
             return self._take_event(kind, response.event)
         self._backoff.reset()
         self._delivered_ns = time.time_ns()
+        if self._stamped and response.HasField("stamps") and response.quotes:
+            self.latency.record(response, self._delivered_ns)
         return not token or token != self._resumed_from
 
     def _take_event(self, kind: str, event: pb.StreamEvent) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from quantplane import v1 as pb
 from quantplane.credentials import is_renewed, shown_by
 from quantplane.errors import describe, is_transient, metadata_of
 from quantplane.follow import Backoff
+from quantplane.tracing import PublisherTrace
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +36,17 @@ class QuotePublisher:
 
     MAX_BATCHES = 256  # not accepted yet; beyond them `send` waits
     MAX_BYTES = 16 * 1024 * 1024
+    TRACE_S = 10.0  # between two batches that have a span, where there is tracing
 
     def __init__(self, channel: grpc.aio.Channel, feed: str | None = None) -> None:
         self.feed = feed or uuid.uuid4().hex
         self.reconnects = 0
         # Batches are serialised once, in `send`: a resend costs nothing, and the
         # bound in bytes is exact.
+        name = f"{pb.Quote.DESCRIPTOR.file.package}.MarketDataService/PublishQuotes"
+        self._trace = PublisherTrace(name, self.TRACE_S)
         self._method: Any = channel.stream_stream(
-            f"/{pb.Quote.DESCRIPTOR.file.package}.MarketDataService/PublishQuotes",
+            f"/{name}",
             response_deserializer=pb.PublishQuotesResponse.FromString,
         )
         self._was_let_in = True
@@ -79,6 +84,7 @@ class QuotePublisher:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+            self._trace.close()
 
     @property
     def accepted_through(self) -> int:
@@ -141,6 +147,8 @@ class QuotePublisher:
     def _add(self, quotes: Sequence[pb.Quote]) -> int:
         number = self._next_batch
         request = pb.PublishQuotesRequest(batch=number, quotes=quotes)
+        request.publish_time.FromNanoseconds(time.time_ns())
+        request.traceparent = self._trace.begin(number, len(quotes))
         batch = request.SerializeToString()
         self._sent_through = number
         self._next_batch += 1
@@ -219,6 +227,7 @@ class QuotePublisher:
         self._accepted_through = max(self._accepted_through, through)
         while self._unaccepted and self._unaccepted[0][0] <= through:
             self._unaccepted_bytes -= len(self._unaccepted.popleft()[1])
+        self._trace.accepted(through)
 
     def _fail(self, error: Exception) -> None:
         if isinstance(error, grpc.aio.AioRpcError):

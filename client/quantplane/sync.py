@@ -19,6 +19,7 @@ import grpc
 from quantplane import client, follow
 from quantplane import v1 as pb
 from quantplane.credentials import Token
+from quantplane.latency import Latency
 from quantplane.tls import Tls
 
 Result = TypeVar("Result")
@@ -153,6 +154,10 @@ class Follower:
     @property
     def gaps(self) -> int:
         return self._follower.gaps
+
+    @property
+    def latency(self) -> Latency:
+        return self._follower.latency
 
     def update(
         self,

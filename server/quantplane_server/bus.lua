@@ -4,7 +4,8 @@
 --   meta    hash: epoch, number (of the last entry), appended (bytes, ever),
 --           recorded (bytes of these that the database has), position (recorded)
 --   stream  entries <epoch>-<number>, numbered without gaps; field "" holds the
---           `appended` of its entry, every other field is a key with its records
+--           `appended` of its entry, field "\0" its stamp, every other field is a key
+--           with its records
 --   latest  hash: key -> its last record
 --   feed    hash per feed: session, last (batch here), through (accepted everywhere)
 
@@ -35,8 +36,11 @@ local function open_feed(keys)
   return {session, tonumber(state[1] or 0), tonumber(state[2] or 0), head(meta)}
 end
 
+local STAMP = '\0'
+
 -- Appends one entry to one shard, once. args[at] is the session, its keys are
 -- args[at + 3 ...], three for each of `count`: key, records but the last, the last.
+-- The stamp is among them: of all fields it alone is no one's latest.
 local function append_entry(keys, args, at, count, terms)
   local meta, stream, latest, feed = unpack(keys)
   local known = redis.call('HMGET', feed, 'session', 'last')
@@ -55,8 +59,10 @@ local function append_entry(keys, args, at, count, terms)
     appended = appended + #args[i] + #records
     fields[#fields + 1] = args[i]
     fields[#fields + 1] = records
-    values[#values + 1] = args[i]
-    values[#values + 1] = args[i + 2]
+    if args[i] ~= STAMP then
+      values[#values + 1] = args[i]
+      values[#values + 1] = args[i + 2]
+    end
   end
   fields[2] = string.format('%.0f', appended)
   local number = string.format('%.0f', state[2] + 1)
@@ -116,9 +122,28 @@ local function mark_recorded(keys, args)
   redis.call('PUBLISH', args[1], args[2])
 end
 
+-- Says how much is not recorded yet, and since when. KEYS meta stream
+-- -> appended, recorded, the stamp of the first entry that is not recorded
+local function backlog(keys)
+  local state = redis.call('HMGET', keys[1], 'appended', 'recorded', 'position')
+  local appended, recorded, stamp = state[1] or '0', state[2] or '0', ''
+  if appended ~= recorded then
+    local after = state[3] and '(' .. state[3] or '-'
+    local entry = redis.call('XRANGE', keys[2], after, '+', 'COUNT', 1)[1]
+    local fields = entry and entry[2] or {}
+    for i = 1, #fields, 2 do
+      if fields[i] == STAMP then stamp = fields[i + 1] end
+    end
+  end
+  return {appended, recorded, stamp}
+end
+
 redis.register_function('quantplane_open_feed', open_feed)
 redis.register_function('quantplane_append', append)
 redis.register_function{
   function_name = 'quantplane_snapshot', callback = snapshot, flags = {'no-writes'}
 }
 redis.register_function('quantplane_mark_recorded', mark_recorded)
+redis.register_function{
+  function_name = 'quantplane_backlog', callback = backlog, flags = {'no-writes'}
+}

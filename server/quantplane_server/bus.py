@@ -20,9 +20,14 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 import redis.asyncio as redis
+from google.protobuf.timestamp_pb2 import Timestamp
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, ResponseError, TimeoutError
+
+from quantplane_server.stamps import stamped
+from quantplane_server.telemetry import tracing
+from quantplane_server.telemetry.statements import Commands
 
 SHARDS = 4  # each costs every round something; a Redis Cluster can use as many masters
 UNAVAILABLE: tuple[type[Exception], ...] = (ConnectionError, TimeoutError)
@@ -37,6 +42,7 @@ RECORDED = "quantplane:recorded"
 CHANGED = "quantplane:changed"
 LOGGED = "quantplane:logged"
 NEWS_BYTES = 1 << 20
+STAMP = b"\0"  # the key of an entry's stamp
 
 
 class Position(NamedTuple):
@@ -66,6 +72,7 @@ class Entry(NamedTuple):
     position: Position
     appended: int  # bytes ever appended to the shard, this entry included
     parts: dict[bytes, bytes]  # key -> its records, joined
+    stamp: bytes = b""  # of its round
 
 
 class FeedLease(NamedTuple):
@@ -84,6 +91,12 @@ class Round(NamedTuple):
     last: int  # the last batch in it
     firsts: dict[int, int]  # shard -> the first batch in it
     parts: dict[int, dict[bytes, list[bytes]]]  # shard -> key -> records
+    publish_time: Timestamp | None = None  # of the last batch
+    traceparent: str = ""  # of the last that was sampled
+
+    @property
+    def quote_count(self) -> int:
+        return sum(sum(map(len, parts.values())) for parts in self.parts.values())
 
 
 class Mark(NamedTuple):
@@ -93,6 +106,14 @@ class Mark(NamedTuple):
     position: Position
     appended: int  # bytes ever appended up to there
     trim_before: Position | None = None
+
+
+class Backlog(NamedTuple):
+    """What of a shard the database has not yet."""
+
+    appended: int  # bytes, ever
+    recorded: int  # bytes of these
+    stamp: bytes  # of the first entry that is not recorded; b"" without any
 
 
 class Full(Exception):
@@ -124,6 +145,7 @@ class Bus:
     def __init__(self, url: str, cap_bytes: int) -> None:
         self._url = url
         self._cap_bytes = cap_bytes  # per shard, unrecorded
+        self.cap_bytes = cap_bytes * SHARDS
         self._redis = _client(url, TIMEOUT_S)
         self._source = files("quantplane_server").joinpath("bus.lua").read_text()
 
@@ -179,9 +201,11 @@ class Bus:
         """
         keys: list[str] = []
         args: list[Any] = [batches.last, through, self._cap_bytes, FEED_TTL_S]
+        stamp = stamped(batches.publish_time, batches.traceparent)
         for shard, parts in batches.parts.items():
             keys += _keys(shard, "meta", "stream", "latest", f"feed:{lease.name}")
-            args += [lease.sessions[shard], batches.firsts[shard], len(parts)]
+            args += [lease.sessions[shard], batches.firsts[shard], len(parts) + 1]
+            args += [STAMP, b"", stamp]
             for key, records in parts.items():
                 args += [key, b"".join(records[:-1]), records[-1]]
         if not keys:
@@ -278,6 +302,17 @@ class Bus:
             args += [str(mark.position), mark.appended, str(mark.trim_before or "")]
         await self._calls([("quantplane_mark_recorded", keys, args)])
 
+    async def backlog(self) -> list[Backlog]:
+        """Return what of each shard is not recorded yet."""
+        replies = await self._calls(
+            ("quantplane_backlog", _keys(shard, "meta", "stream"), ())
+            for shard in range(SHARDS)
+        )
+        return [
+            Backlog(int(appended), int(recorded), stamp)
+            for appended, recorded, stamp in replies
+        ]
+
     async def follow_recorded(self) -> AsyncIterator[dict[int, Position]]:
         """Yield what is recorded, by shard: all that is known, then each change.
 
@@ -364,7 +399,7 @@ def _client(url: str, timeout_s: float) -> redis.Redis:
         retry=Retry(NoBackoff(), 0),
         socket_timeout=timeout_s,
     )
-    return redis.Redis.from_pool(pool)
+    return (Commands if tracing.tracer else redis.Redis).from_pool(pool)
 
 
 def _key(shard: int, name: str) -> str:
@@ -376,7 +411,8 @@ def _keys(shard: int, *names: str) -> list[str]:
 
 
 def _entry(position: bytes, parts: dict[bytes, bytes]) -> Entry:
-    return Entry(Position.parse(position), int(parts.pop(b"")), parts)
+    appended, stamp = int(parts.pop(b"")), parts.pop(STAMP, b"")
+    return Entry(Position.parse(position), appended, parts, stamp)
 
 
 def _packed(parts: Iterable[bytes]) -> bytes:

@@ -11,6 +11,7 @@ from contextlib import (
     AsyncExitStack,
     asynccontextmanager,
     nullcontext,
+    suppress,
 )
 from functools import partial
 from getpass import getpass
@@ -37,15 +38,18 @@ from quantplane_server.config import Settings
 from quantplane_server.embedded import EmbeddedError, Postgres, Valkey
 from quantplane_server.errors import QuantplaneError
 from quantplane_server.identity.local import Secrets, local_keys
-from quantplane_server.main import recording, serving
+from quantplane_server.main import available, recording, serving
 from quantplane_server.market_data.queries import overdue_day_count
 from quantplane_server.migrate import SchemaOutdated, upgrade
 from quantplane_server.paper import broker as paper_broker
 from quantplane_server.paper.book import Commission
-from quantplane_server.processes import READY, Child
+from quantplane_server.processes import READY, Child, running, told_to_stop
 from quantplane_server.rpc.health import ask, check
 from quantplane_server.rpc.tls import Certificates
 from quantplane_server.tasks import end
+from quantplane_server.telemetry import tracing
+from quantplane_server.telemetry.logs import set_up
+from quantplane_server.waiting import FINAL, awaited, databases_up
 
 app = typer.Typer(
     name="quantplane-server",
@@ -108,7 +112,7 @@ def up(
 ) -> None:
     """Start everything: PostgreSQL, Valkey, migrations, the server, a paper broker."""
     settings = _settings(data_dir=data_dir, listen=listen, insecure=insecure)
-    _run(_up(settings, ephemeral, workers, with_demo, with_paper))
+    _run(_up(settings, ephemeral, workers, with_demo, with_paper), settings)
 
 
 @app.command()
@@ -122,15 +126,17 @@ def serve(
     """Serve from the PostgreSQL and Redis that QUANTPLANE_* settings name."""
     settings = _settings(listen=listen, insecure=insecure)
     if share_port:
-        _run(_stay(serving(settings, share_port=True), until_eof))
+        _run(_stay(serving(settings, share_port=True), until_eof), settings)
     else:
-        _run(_stay(_served(settings, workers), until_eof))
+        _run(_stay(_served(settings, workers), until_eof), settings)
 
 
 @app.command()
 def record(until_eof: UntilEof = False) -> None:
     """Only record what is on the bus; `serve` does it too."""
-    _run(_stay(recording(_settings()), until_eof))
+    settings = _settings()
+    recorder = recording(settings, quiet=until_eof)
+    _run(_stay(recorder, until_eof, process="record"), settings)
 
 
 @app.command()
@@ -159,8 +165,10 @@ def paper(
         latency_ms / 1e3,
         symbols or (),
     )
-    server = nullcontext(target or _settings().listen)
-    _run(_stay(server, until_eof, partial(paper_broker.run, terms=terms)))
+    settings = _settings()
+    server = _answering(target or settings.listen, quiet=until_eof)
+    broking = partial(paper_broker.run, terms=terms)
+    _run(_stay(server, until_eof, broking, process="paper"), settings)
 
 
 @app.command(hidden=True)
@@ -168,23 +176,40 @@ def strategy(
     started_s: int, target: Target = None, until_eof: UntilEof = False
 ) -> None:
     """Trade for the demo that started at this Unix time."""
-    server = nullcontext(target or _settings().listen)
-    _run(_stay(server, until_eof, partial(demo.trade, started_s=started_s)))
+    settings = _settings()
+    server = nullcontext(target or settings.listen)
+    trading = partial(demo.trade, started_s=started_s)
+    _run(_stay(server, until_eof, trading, process="strategy"), settings)
 
 
 @app.command()
-def migrate() -> None:
+def migrate(
+    wait_s: Annotated[
+        float, typer.Option("--wait-s", min=0, help="For PostgreSQL to be up.")
+    ] = 60.0,
+) -> None:
     """Bring the database's schema to what this server needs."""
     settings = _settings()
     if not settings.postgres_dsn:
         _fail("QUANTPLANE_POSTGRES_DSN must name the database to migrate")
-    _run(_migrate(settings.postgres_dsn, settings.reference_dsn))
+    reference = settings.reference_dsn or settings.postgres_dsn
+    _run(_migrate(settings.postgres_dsn, reference, wait_s))
 
 
 @app.command()
-def health(target: Target = None) -> None:
+def health(
+    target: Target = None,
+    service: Annotated[
+        str,
+        typer.Option(
+            "--service",
+            metavar="NAME",
+            help="quantplane.v1.OrderService, ..., or recorder. None: all but that.",
+        ),
+    ] = "",
+) -> None:
     """Ask a running server whether it serves; exit with 1 if not."""
-    status = _run(check(target or _settings().listen))
+    status = _run(check(target or _settings().listen, service))
     print(status.lower())
     if status != "SERVING":
         raise typer.Exit(1)
@@ -364,8 +389,9 @@ async def _up(
             valkey = await stack.enter_async_context(_kept(Valkey(folder)))
             settings = settings.model_copy(update={"redis_url": valkey.url})
         assert settings.postgres_dsn
-        await upgrade(settings.postgres_dsn, settings.reference_dsn)
         reference = settings.reference_dsn or settings.postgres_dsn
+        await databases_up(settings.postgres_dsn, reference)
+        await upgrade(settings.postgres_dsn, reference)
         keys = await stack.enter_async_context(local_keys(reference, settings.listen))
         beside = partial(demo.run, api_key=keys.admin) if with_demo else None
         served = _traded(settings, keys, workers, with_paper, with_demo)
@@ -398,16 +424,18 @@ async def _served(settings: Settings, workers: int) -> AsyncIterator[str]:
     _check_transport(settings)
     if workers > 1 and settings.listen.endswith(":0"):
         raise ValueError("workers share a port: give --listen one that is not 0")
-    async with AsyncExitStack() as stack:
-        recorder = Child("record", settings=settings)
-        await stack.enter_async_context(recorder.running())
-        if workers == 1:
-            yield await stack.enter_async_context(serving(settings))
-            return
-        for _ in range(workers):
-            worker = Child("serve", "--share-port", settings=settings)
-            await stack.enter_async_context(worker.running())
-        yield settings.listen
+    serve = ("serve", "--share-port")
+    beside = range(workers if workers > 1 else 0)
+    servers = [Child(*serve, settings=settings.process(n)) for n in beside]
+    recorder = Child("record", settings=settings.process(workers))
+    async with running(recorder), running(*servers):  # the recorder ends last
+        if servers:
+            await available(settings)
+        here = nullcontext(settings.listen) if servers else serving(settings)
+        async with here as address:
+            for child in (*servers, recorder):
+                await child.ready()
+            yield address
 
 
 @asynccontextmanager
@@ -431,7 +459,8 @@ async def _traded(
         for command, key in commands:
             command += ["--target", target]
             child = Child(*command, settings=settings, api_key=key)
-            await stack.enter_async_context(child.running())
+            await stack.enter_async_context(running(child))
+            await child.ready()
         yield address
 
 
@@ -454,6 +483,7 @@ def _reached(address: str) -> str:
 
 def _check_transport(settings: Settings) -> None:
     """Raise ValueError, before anything is started, for what could not be served."""
+    settings.metrics_address()
     if files := settings.tls():
         Certificates(*files)
 
@@ -469,32 +499,54 @@ async def _check_reachable(address: str) -> None:
             ) from None
 
 
+@asynccontextmanager
+async def _answering(target: str, quiet: bool) -> AsyncIterator[str]:
+    """Yield the target once a server answers there."""
+
+    async def attempt() -> None:
+        try:
+            await ask(target)
+        except grpc.aio.AioRpcError as error:
+            raise ConnectionError(explain(error) or error.details()) from error
+
+    await awaited(f"a server at {target}", attempt, quiet=quiet)
+    yield target
+
+
 async def _stay(
     context: AbstractAsyncContextManager[str | None],
     until_eof: bool = False,
     beside: Callable[[str], Coroutine[Any, Any, None]] | None = None,
+    process: str = "serve",
 ) -> None:
-    """Enter `context`, say so, and leave it when told to, or when `beside` ends."""
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    if until_eof:
+    """Enter `context`, say so, and leave it when told to, or when `beside` ends.
 
-        def at_eof() -> None:
-            loop.remove_reader(sys.stdin)
-            stopped.set()
+    Traces tell which process it was.
+    """
+    stopped = told_to_stop(is_child=until_eof)
+    is_ready = False
 
-        loop.add_reader(sys.stdin, at_eof)
-    async with context as address:
-        print(f"{READY}{address or 'the bus'}", flush=True)
-        waits: list[asyncio.Task[Any]] = [asyncio.create_task(stopped.wait())]
-        if beside and address:
-            waits.append(asyncio.create_task(beside(_reached(address))))
-        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        await end(*waits)
-        for task in done:
-            task.result()
+    async def stay() -> None:
+        nonlocal is_ready
+        with_client = beside is not None
+        async with tracing.running(process, with_client), context as address:
+            is_ready = True
+            print(f"{READY}{address or 'the bus'}", flush=True)
+            waits: list[asyncio.Task[Any]] = [asyncio.create_task(stopped.wait())]
+            if beside and address:
+                waits.append(asyncio.create_task(beside(_reached(address))))
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await end(*waits)
+            for task in done:
+                task.result()
+
+    staying = asyncio.create_task(stay())
+    stopping = asyncio.create_task(stopped.wait())
+    await asyncio.wait((staying, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if not is_ready:  # it waits for something, or has failed
+        staying.cancel()
+    with suppress(asyncio.CancelledError):
+        await staying
 
 
 async def _doctor(settings: Settings) -> bool:
@@ -555,15 +607,20 @@ def _settings(**given: object) -> Settings:
         _fail(f"QUANTPLANE_{str(first['loc'][0]).upper()}: {first['msg']}")
 
 
-async def _migrate(dsn: str, reference_dsn: str | None) -> None:
-    print("schema at", await upgrade(dsn, reference_dsn))
+async def _migrate(dsn: str, reference: str, wait_s: float) -> None:
+    await databases_up(dsn, reference, at_most_s=wait_s)
+    print("schema at", await upgrade(dsn, reference))
 
 
-def _run(main: Coroutine[Any, Any, T]) -> T:
-    """Run to the end; what a person can mend is one sentence, not a traceback."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s"
-    )
+def _run(main: Coroutine[Any, Any, T], settings: Settings | None = None) -> T:
+    """Run to the end; what a person can mend is one sentence, not a traceback.
+
+    Without settings, what is logged is for people too.
+    """
+    if settings:
+        set_up(settings.log_format, settings.log_level)
+    else:
+        set_up("text", "info")
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(main)
@@ -574,6 +631,8 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
         *(RuntimeError, ValueError),
     ) as error:
         _fail(str(error))
+    except FINAL as error:  # some of these are among the next
+        _fail(f"a backend refuses: {error}")
     except databases.UNAVAILABLE + buses.UNAVAILABLE as error:
         _fail(f"a backend can't be reached: {error}")
     except (asyncpg.PostgresError, DBAPIError) as error:

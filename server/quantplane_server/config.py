@@ -3,7 +3,7 @@
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import Annotated, Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import AfterValidator, PositiveFloat, PositiveInt
 from pydantic_core import PydanticCustomError
@@ -89,6 +89,15 @@ class Settings(BaseSettings):
     """Between two runs of the maintenance."""
     grace_s: PositiveFloat = 10.0
     """How long a stopping server waits for its calls to finish."""
+    trace_stream_s: PositiveFloat = 10.0
+    """Between two spans of what a traced stream delivers."""
+    metrics_listen: str | None = None
+    """Host and port where Prometheus reads the metrics; further processes take the
+    ports after it. None: nowhere."""
+    log_format: Literal["text", "json"] | None = None
+    """None: text on a terminal, else JSON."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Records of less weight are not logged."""
 
     def backends(self) -> tuple[str, str]:
         """Return the DSN and the URL. Raises ValueError where one is not set."""
@@ -122,6 +131,37 @@ class Settings(BaseSettings):
                 "--insecure"
             )
         return None
+
+    def metrics_address(self) -> tuple[str, int] | None:
+        """Return where to serve metrics, if anywhere.
+
+        Raises ValueError where plaintext would leave loopback, or for what is no
+        address.
+        """
+        listen = self.metrics_listen
+        if not listen:
+            return None
+        if re.fullmatch(r"[^,/\s]*:[0-9]+", listen) is None:
+            raise ValueError(f"QUANTPLANE_METRICS_LISTEN: {listen} is not HOST:PORT")
+        if not (self.insecure or is_loopback(listen)):
+            raise ValueError(
+                f"{listen} is beyond loopback, where anybody can read the metrics: say "
+                "--insecure if that is meant"
+            )
+        host, _, port = listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+    def process(self, number: int) -> Self:
+        """Return the settings of a process beside this one, from 1 on.
+
+        Its metrics are that many ports further, unless each takes a free one.
+        """
+        address = self.metrics_address()
+        if address is None or address[1] == 0:
+            return self
+        host = self.metrics_listen.rpartition(":")[0]  # type: ignore[union-attr]
+        listen = f"{host}:{address[1] + number}"
+        return self.model_copy(update={"metrics_listen": listen})
 
     def environment(self) -> dict[str, str]:
         """Return these settings as the variables that make them."""

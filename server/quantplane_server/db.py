@@ -3,10 +3,15 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from enum import StrEnum
-from typing import Literal, Self, TypeAlias
+from time import perf_counter
+from typing import Literal, NamedTuple, Self, TypeAlias
 
 import asyncpg
 import asyncpg.pool
+
+from quantplane_server.telemetry import tracing
+from quantplane_server.telemetry.metrics import CONNECTION_WAIT, DB_ERRORS
+from quantplane_server.telemetry.statements import Statements, waited
 
 Connection: TypeAlias = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
 Isolation: TypeAlias = Literal["read_committed", "repeatable_read"]
@@ -77,21 +82,42 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]
         return str(super().get_reset_query()) if spoilt else ""
 
 
+class _Traced(Statements, _Connection):
+    """A connection whose statements have spans, within calls that are recorded."""
+
+
+class Pool(NamedTuple):
+    """How the connections of a database are doing."""
+
+    size: int  # open
+    in_use: int
+    max_size: int
+    waiting: int  # who would use one
+
+
 class Database:
     """Connections to one PostgreSQL database, replaced when they are lost."""
 
     def __init__(
-        self, pool: asyncpg.Pool, edition: Edition, acquire_timeout_s: float
+        self, pool: asyncpg.Pool, edition: Edition, acquire_timeout_s: float, name: str
     ) -> None:
         self.edition = edition
+        self.name = name
         self._pool = pool
         self._acquire_timeout_s = acquire_timeout_s
+        self._users = 0  # of connections, and who would be one
 
     @classmethod
     async def open(
-        cls, dsn: str, pool_size: int = 10, acquire_timeout_s: float = 10
+        cls,
+        dsn: str,
+        pool_size: int = 10,
+        acquire_timeout_s: float = 10,
+        name: str = "db",
     ) -> Self:
         """Connect, and find out the edition. Raises one of UNAVAILABLE if away.
+
+        Metrics have the name.
 
         Waiting longer than `acquire_timeout_s` for a free connection raises
         TimeoutError, which callers meet as an unavailable database.
@@ -101,7 +127,7 @@ class Database:
             min_size=0,  # a floor would be tried, and logged, while PostgreSQL is away
             max_size=pool_size,
             timeout=acquire_timeout_s,
-            connection_class=_Connection,
+            connection_class=_Traced if tracing.tracer else _Connection,
             server_settings={"timezone": "UTC", "application_name": "quantplane"},
         )
         try:
@@ -109,11 +135,17 @@ class Database:
         except BaseException:
             pool.terminate()
             raise
-        return cls(pool, edition, acquire_timeout_s)
+        return cls(pool, edition, acquire_timeout_s, name)
 
     async def close(self) -> None:
         """Wait until every connection has been given back, then close them."""
         await self._pool.close()
+
+    def pool(self) -> Pool:
+        size = self._pool.get_size()
+        in_use = size - self._pool.get_idle_size()
+        waiting = max(0, self._users - in_use)
+        return Pool(size, in_use, self._pool.get_max_size(), waiting)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
@@ -123,10 +155,15 @@ class Database:
         is cut off must end the block, and who changes settings or takes session locks
         needs a `session`.
         """
+        self._users += 1
+        began = perf_counter()
         try:
             async with self._pool.acquire(
                 timeout=self._acquire_timeout_s
             ) as connection:
+                if CONNECTION_WAIT.on:
+                    CONNECTION_WAIT.record(perf_counter() - began, self.name)
+                waited(perf_counter() - began)
                 try:
                     yield connection
                 except BaseException as error:
@@ -140,6 +177,11 @@ class Database:
         except asyncpg.InternalClientError as error:
             # PostgreSQL said that it ends the connection, and has not closed it yet.
             raise ConnectionResetError(LOST) from error
+        except (asyncpg.PostgresError, OSError) as error:
+            DB_ERRORS.add(1, type(error).__name__)
+            raise
+        finally:
+            self._users -= 1
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Connection]:

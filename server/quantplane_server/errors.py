@@ -64,11 +64,14 @@ class QuantplaneError(Exception):
         super().__init__(message)
         self.metadata = {key: str(value) for key, value in metadata.items()}
 
+    @property
+    def reason_name(self) -> str:
+        return pb.ErrorReason.Name(self.reason).removeprefix("ERROR_REASON_")
+
     def details(self) -> list[any_pb2.Any]:
         """Return the google.rpc details, the ErrorInfo first."""
-        name = pb.ErrorReason.Name(self.reason).removeprefix("ERROR_REASON_")
         info = error_details_pb2.ErrorInfo(
-            reason=name, domain=DOMAIN, metadata=self.metadata
+            reason=self.reason_name, domain=DOMAIN, metadata=self.metadata
         )
         return [_packed(info)]
 

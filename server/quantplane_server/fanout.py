@@ -19,6 +19,9 @@ from typing import NamedTuple
 
 from quantplane.v1 import GAP_CAUSE_BUS_REBUILT, GAP_CAUSE_COMPACTED, GapCause
 from quantplane_server.bus import START, UNAVAILABLE, Bus, Entry, Position, shard_of
+from quantplane_server.stamps import UNTRACED_BYTES
+from quantplane_server.tasks import Outage
+from quantplane_server.telemetry import tracing
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ class Piece(NamedTuple):
     position: Position
     parts: dict[bytes, bytes]  # key -> its records, joined
     joined: bytes  # all of them
+    stamp: bytes
 
     @classmethod
     def cut(cls, entry: Entry, keys: frozenset[bytes]) -> "Piece":
@@ -41,7 +45,7 @@ class Piece(NamedTuple):
         found = keys.intersection(parts)
         if len(found) < len(parts):
             parts = {key: parts[key] for key in found}
-        return cls(entry.position, parts, b"".join(parts.values()))
+        return cls(entry.position, parts, b"".join(parts.values()), entry.stamp)
 
 
 class Taken(NamedTuple):
@@ -50,6 +54,8 @@ class Taken(NamedTuple):
     parts: list[bytes]  # records, joined
     positions: dict[int, Position]  # by shard: these parts reach to here
     conflated: int  # records left out
+    stamp: bytes  # of the newest entry
+    traced: bytes  # of the newest entry with a traceparent, if there is one
 
 
 class Lossless:
@@ -57,38 +63,62 @@ class Lossless:
 
     def __init__(self) -> None:
         self.overflowed = False
-        self._pending: deque[tuple[int, Position, bytes]] = deque()
+        self._pending: deque[tuple[int, Position, bytes, bytes]] = deque()
+        self._dropped = b""  # the stamp of the first entry of these
         self.bytes = 0
 
     def __bool__(self) -> bool:
         return bool(self._pending)
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    @property
+    def oldest(self) -> bytes:
+        """The stamp of the first entry that is pending, or was dropped; or b""."""
+        return self._pending[0][-1] if self._pending else self._dropped
+
+    @property
+    def conflated(self) -> int:
+        """How many records are left out of what is pending."""
+        return 0
+
+    @property
+    def pending_bytes(self) -> int:
+        return self.bytes
 
     def push(self, shard: int, piece: Piece) -> None:
         if self.overflowed:
             return
         self.bytes += len(piece.joined)
         if self.bytes > LOSSLESS_PENDING_BYTES:
+            oldest = self.oldest
             self.clear()
             self.overflowed = True
+            self._dropped = oldest
         else:
-            self._pending.append((shard, piece.position, piece.joined))
+            self._pending.append((shard, piece.position, piece.joined, piece.stamp))
 
     def take(self) -> Taken:
         parts: list[bytes] = []
         positions = {}
+        stamp = traced = b""
         size = 0
         while self._pending and size < TAKE_BYTES:
-            shard, position, part = self._pending.popleft()
+            shard, position, part, stamp = self._pending.popleft()
             parts.append(part)
             positions[shard] = position
+            if len(stamp) > UNTRACED_BYTES:
+                traced = stamp
             size += len(part)
         self.bytes -= size
-        return Taken(parts, positions, 0)
+        return Taken(parts, positions, 0, stamp, traced)
 
     def clear(self) -> None:
         self._pending.clear()
         self.bytes = 0
         self.overflowed = False
+        self._dropped = b""
 
 
 class Latest:
@@ -98,13 +128,30 @@ class Latest:
 
     def __init__(self, conflate_always: bool) -> None:
         self._always = conflate_always
+        self.oldest: bytes
         self.clear()
 
     def __bool__(self) -> bool:
         return bool(self._pending or self._latest)
 
+    def __len__(self) -> int:
+        return len(self._latest) or len(self._pending)
+
+    @property
+    def pending_bytes(self) -> int:
+        return self.bytes or sum(map(len, self._latest.values()))
+
+    @property
+    def conflated(self) -> int:
+        """How many records are left out of what is pending."""
+        return self._conflated
+
     def push(self, shard: int, piece: Piece) -> None:
         self._positions[shard] = piece.position
+        self.oldest = self.oldest or piece.stamp
+        self._stamp = piece.stamp
+        if len(piece.stamp) > UNTRACED_BYTES:
+            self._traced = piece.stamp
         self._pending.append(piece)
         self.bytes += len(piece.joined)
         if self._always or self._latest or self.bytes > LATEST_PENDING_BYTES:
@@ -112,7 +159,9 @@ class Latest:
 
     def take(self) -> Taken:
         parts = list(self._latest.values()) or [p.joined for p in self._pending]
-        taken = Taken(parts, self._positions, self._conflated)
+        taken = Taken(
+            parts, self._positions, self._conflated, self._stamp, self._traced
+        )
         self.clear()
         return taken
 
@@ -122,6 +171,8 @@ class Latest:
         self._positions: dict[int, Position] = {}
         self.bytes = 0  # pending
         self._conflated = 0
+        self._stamp = self._traced = b""
+        self.oldest = b""  # the stamp of the first entry that is pending
 
     def _conflate(self) -> None:
         for piece in self._pending:
@@ -142,6 +193,7 @@ class Reader:
         self.ring = ring  # called after a push, and when something else happened
         self.reached: dict[int, Position] = {}  # by shard: pushed or read to here
         self.lost: GapCause.ValueType | None = None  # set: it can't go on from there
+        self.attached = False  # it is pushed what comes
 
     @property
     def shards(self) -> set[int]:
@@ -174,6 +226,7 @@ class Fanout:
         self._wanted: Counter[int] = Counter()  # shard -> readers that need it
         self._starting = asyncio.Lock()
         self._tail: asyncio.Task[None] | None = None
+        self._outage = Outage(logger, "following quotes", UNAVAILABLE)
 
     async def need(self, shards: set[int]) -> None:
         """Follow these shards until they are released as often as they were needed."""
@@ -196,8 +249,10 @@ class Fanout:
             for key in view.keys:
                 self._by_key.setdefault(key, set()).add(view)
         view.readers.add(reader)
+        reader.attached = True
 
     def detach(self, reader: Reader) -> None:
+        reader.attached = False
         view = self._views.get(reader.keys)
         if view is None or reader not in view.readers:
             return
@@ -225,26 +280,24 @@ class Fanout:
         self._tail = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
+        tracing.apart()
         # Only the newest tail delivers: one that was cancelled at the wrong moment of
         # connecting goes on, and finds out here.
         me = asyncio.current_task()
         heads = self.heads
         while self._tail is me:
-            try:
+            with self._outage:
                 found = await self._bus.heads(heads)
                 if self._tail is not me:
                     return
                 self._check_heads(found)
+                self._outage.over()
                 async with aclosing(self._bus.follow(heads)) as pages:
                     async for shard, entries in pages:
                         if self._tail is not me:
                             return
                         for entry in entries:
                             self._deliver(shard, entry)
-            except UNAVAILABLE as error:
-                logger.warning("the bus is away, trying again: %s", error)
-            except Exception:
-                logger.exception("following the bus failed, trying again")
             await asyncio.sleep(RETRY_S)
 
     def _check_heads(self, found: Mapping[int, Position]) -> None:

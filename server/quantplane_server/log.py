@@ -17,6 +17,7 @@ from contextlib import aclosing, contextmanager, suppress
 from datetime import datetime
 from hashlib import blake2b
 from itertools import islice
+from time import time
 from typing import Any, NamedTuple
 
 from google.protobuf.message import Message
@@ -28,6 +29,10 @@ from quantplane_server.bus import Bus
 from quantplane_server.db import Connection, Database
 from quantplane_server.errors import Compacted
 from quantplane_server.fanout import varint
+from quantplane_server.origin import Origin
+from quantplane_server.tasks import Outage
+from quantplane_server.telemetry import tracing
+from quantplane_server.telemetry.metrics import LOG_EVENTS
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +146,12 @@ async def head(conn: Connection, log: str) -> Position:
     return Position(revision, NOTHING if payload is None else check_of(payload))
 
 
+async def heads(conn: Connection) -> dict[str, int]:
+    """Return the revision that each log is at."""
+    rows = await conn.fetch("SELECT log, revision FROM log_head ORDER BY log")
+    return dict(map(tuple, rows))
+
+
 async def read(conn: Connection, log: str, after: Position) -> list[tuple[int, bytes]]:
     """Return (revision, payload) of the next entries, at most a page.
 
@@ -172,6 +183,28 @@ async def read(conn: Connection, log: str, after: Position) -> list[tuple[int, b
     if there != after.check or (entries and entries[0][0] != after.revision + 1):
         raise Compacted(GAP_CAUSE_COMPACTED, oldest=entries[0][0])
     return entries[:PAGE]
+
+
+async def behind(conn: Connection, log: str, revision: int) -> tuple[int, float]:
+    """Return how many entries a log has after a revision.
+
+    With it, for how many seconds the oldest of them has been there.
+    """
+    row = await conn.fetchrow(
+        """
+        SELECT head.revision - $2 AS entries,
+               coalesce(extract(epoch FROM clock_timestamp() - next.time), 0)::float8
+               AS lag_s
+          FROM log_head AS head
+               LEFT JOIN LATERAL (SELECT time FROM event_log
+                                   WHERE log = head.log AND revision > $2
+                                   ORDER BY revision LIMIT 1) AS next ON true
+         WHERE head.log = $1
+        """,
+        log,
+        revision,
+    )
+    return (max(0, row["entries"]), max(0.0, row["lag_s"])) if row else (0, 0.0)
 
 
 async def trim(conn: Connection, log: str, since: datetime) -> int:
@@ -228,6 +261,14 @@ async def _trim(conn: Connection, log: str, since: datetime) -> int:
 # --- Following ----------------------------------------------------------------------
 
 
+class Behind(NamedTuple):
+    """How far a reader is from the end of a log."""
+
+    near: bool  # what it lacks is remembered, so it need not read the table
+    entries: int = 0  # it lacks
+    lag_s: float = 0.0  # the age of the first of them, at least
+
+
 class Tail:
     """The end of a log, followed by one task for all readers of a process."""
 
@@ -240,6 +281,8 @@ class Tail:
         self._kept: deque[Entry] = deque()
         self._kept_bytes = 0
         self._stale = asyncio.Event()
+        known = databases.UNAVAILABLE
+        self._outage = Outage(logger, f"reading the log of {log}", known)
         self._task = asyncio.create_task(self._follow())
 
     def refresh(self) -> None:
@@ -257,6 +300,19 @@ class Tail:
         elif not payloads or not self._has(first + len(payloads) - 1, payloads[-1]):
             self._stale.set()
 
+    def behind(self, position: Position) -> Behind:
+        """Return how far a reader is behind that has all up to a position."""
+        if not self._end:
+            return Behind(near=True)
+        entries = max(0, self._end.revision - position.revision)
+        if not entries:
+            return Behind(near=True)
+        kept = self._kept_through(position)
+        # Who is further behind than what is kept lags by more than its oldest.
+        oldest = self._kept[kept or 0].message.time if self._kept else None
+        lag_s = time() - oldest.ToNanoseconds() / 1e9 if oldest else 0.0
+        return Behind(kept is not None, entries, max(0.0, lag_s))
+
     async def read(self, after: Position) -> list[Entry]:
         """Return the next entries, at most a page; none at the end of the log.
 
@@ -268,6 +324,11 @@ class Tail:
         async with self._db.connection() as conn:
             rows = await read(conn, self._log, after)
         return [Entry(self._kind, *row) for row in rows]
+
+    @property
+    def reached(self) -> int:
+        """Through which revision its readers can be given entries."""
+        return self._end.revision if self._end else 0
 
     @property
     def _end(self) -> Position | None:
@@ -289,19 +350,14 @@ class Tail:
     async def _follow(self) -> None:
         while self.bells:
             self._stale.clear()
-            try:
+            with self._outage:
                 await self._catch_up()
-            except databases.UNAVAILABLE as error:
-                logger.warning("the log can't be read, trying again: %r", error)
-                await asyncio.sleep(RETRY_S)
+                self._outage.over()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_S):
+                        await self._stale.wait()
                 continue
-            except Exception:
-                logger.exception("following the log failed, trying again")
-                await asyncio.sleep(RETRY_S)
-                continue
-            with suppress(TimeoutError):
-                async with asyncio.timeout(POLL_S):
-                    await self._stale.wait()
+            await asyncio.sleep(RETRY_S)
 
     async def _catch_up(self) -> None:
         async with self._db.connection() as conn:
@@ -355,24 +411,28 @@ class Logs:
         self._bus = bus
         self._kinds = kinds  # what each log consists of
         self._tails: dict[str, Tail] = {}
-        self._outbox: deque[tuple[str, int, Sequence[bytes]]] = deque()
+        self._outbox: deque[tuple[str, int, Sequence[bytes], Origin]] = deque()
         self._outbox_bytes = 0
         self._posted = asyncio.Event()
         self._followed = asyncio.Event()  # set while there is a tail
+        self._telling = Outage(logger, "telling of the logs", buses.UNAVAILABLE)
+        self._hearing = Outage(logger, "hearing of the logs", buses.UNAVAILABLE)
 
     async def run(self) -> None:
         """Tell other processes what is committed here, and hear them."""
-        work = _again(self._tell), _again(self._hear)
+        work = _again(self._tell, self._telling), _again(self._hear, self._hearing)
         await asyncio.gather(*work, return_exceptions=True)  # hands every cancel on
 
     def committed(self, log: str, first: int, events: Sequence[Event]) -> None:
         """Hand on what was just committed. Never waits: it is only a hurry."""
+        for event in events:
+            LOG_EVENTS.add(1, log, event.type)
         payloads = [event.payload for event in events]
         if tail := self._tails.get(log):
             tail.push(first, payloads)
         size = sum(map(len, payloads))
         if self._outbox_bytes + size <= OUTBOX_BYTES:
-            self._outbox.append((log, first, payloads))
+            self._outbox.append((log, first, payloads, tracing.ids()))
             self._outbox_bytes += size
             self._posted.set()
 
@@ -394,6 +454,10 @@ class Logs:
             if not self._tails:
                 self._followed.clear()
 
+    def reached(self) -> dict[str, int]:
+        """Return how far each log that is followed here has come here."""
+        return {log: tail.reached for log, tail in self._tails.items()}
+
     async def _tell(self) -> None:
         self._outbox.clear()  # the bus was away, so the followers poll
         self._outbox_bytes = 0
@@ -402,9 +466,11 @@ class Logs:
             self._posted.clear()
             await asyncio.sleep(0)  # whoever waits for the commit goes first
             while self._outbox:
-                log, first, payloads = self._outbox.popleft()
+                log, first, payloads, origin = self._outbox.popleft()
                 self._outbox_bytes -= sum(map(len, payloads))
-                await self._bus.announce_entries(log, first, payloads)
+                with tracing.together(f"announce {log}", [origin]):
+                    await self._bus.announce_entries(log, first, payloads)
+                self._telling.over()
 
     async def _hear(self) -> None:
         while True:
@@ -414,19 +480,16 @@ class Logs:
                     if not self._followed.is_set():
                         break
                     if told is None:
+                        self._hearing.over()
                         for tail in self._tails.values():
                             tail.refresh()
                     elif told[0] in self._tails:
                         self._tails[told[0]].push(*told[1:])
 
 
-async def _again(work: Callable[[], Awaitable[None]]) -> None:
+async def _again(work: Callable[[], Awaitable[None]], outage: Outage) -> None:
     """Do what needs the bus, again and again."""
     while True:
-        try:
+        with outage:
             await work()
-        except buses.UNAVAILABLE as error:
-            logger.warning("the bus is away, trying again: %s", error)
-        except Exception:
-            logger.exception("telling or following the logs failed, trying again")
         await asyncio.sleep(RETRY_S)

@@ -12,6 +12,8 @@ reader takes no memory, and resuming is the same as being slow.
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from datetime import timedelta
+from time import time_ns
 from typing import Any
 
 from google.protobuf.message import Message
@@ -22,7 +24,9 @@ from quantplane_server.checks import seconds
 from quantplane_server.db import Connection, Database
 from quantplane_server.errors import InvalidResumeToken
 from quantplane_server.log import CHECK_BYTES, START, Entry, Logs, Position, Tail
+from quantplane_server.origin import Origin
 from quantplane_server.streams import HEARTBEAT_S, goodbye, heartbeat
+from quantplane_server.telemetry import tracing
 from quantplane_server.tokens import Tokens, purpose
 
 
@@ -44,6 +48,7 @@ class LogStream:
         self._purpose = purpose(request, "resume_token", "heartbeat_interval")
         self._heartbeat_s = seconds(request.heartbeat_interval) or HEARTBEAT_S
         self._position = START
+        self._tail: Tail | None = None  # once it reads on
         self._wake = asyncio.Event()
         self._draining = False
 
@@ -51,8 +56,12 @@ class LogStream:
         """Return the responses that tell what is, in the transaction of `conn`."""
         raise NotImplementedError
 
+    def wants(self, event: Any) -> bool:
+        """Tell whether the reader wants an event."""
+        return True
+
     def data(self, entries: Sequence[Entry]) -> bytes:
-        """Return the serialised response that tells what is wanted of these; or b""."""
+        """Return the serialised response that tells these; b"" if there is none."""
         raise NotImplementedError
 
     def drain(self) -> None:
@@ -60,17 +69,33 @@ class LogStream:
         self._draining = True
         self._wake.set()
 
+    def report(self, told: pb.Subscription) -> None:
+        """Fill in how far the stream is behind the end of the log."""
+        told.heartbeat_interval.FromTimedelta(timedelta(seconds=self._heartbeat_s))
+        if self._tail is None:
+            told.state = pb.SUBSCRIPTION_STATE_STARTING
+            return
+        behind = self._tail.behind(self._position)
+        told.pending_entries = behind.entries
+        told.lag.FromTimedelta(timedelta(seconds=behind.lag_s))
+        if not behind.near:
+            told.state = pb.SUBSCRIPTION_STATE_CATCHING_UP
+
     async def messages(self) -> AsyncIterator[bytes]:
         """Yield serialised responses until drained. Raises Compacted."""
         with self._logs.following(self.log, self._wake.set) as tail:
             async for message in self._begin(tail):
                 yield message
             beat_at = self._now() + self._heartbeat_s
+            self._tail = tail
             while not self._draining:
                 self._wake.clear()
                 before = self._position
-                if data := self._taken(await tail.read(before)):
+                wanted = self._taken(await tail.read(before))
+                if wanted and (data := self.data(wanted)):
+                    since_ns = time_ns()
                     yield data + self._sealed()
+                    self._trace(wanted, since_ns)
                 if self._now() >= beat_at:
                     beat_at = self._now() + self._heartbeat_s
                     yield self._sealed(event=heartbeat())
@@ -97,12 +122,22 @@ class LogStream:
         complete = pb.StreamEvent(snapshot_complete=pb.SnapshotComplete())
         yield self._sealed(event=complete)
 
-    def _taken(self, entries: Sequence[Entry]) -> bytes:
+    def _taken(self, entries: Sequence[Entry]) -> Sequence[Entry]:
         """Move on behind these; return what is wanted of them."""
-        if not entries:
-            return b""
-        self._position = entries[-1].position
-        return self.data(entries)
+        if entries:
+            self._position = entries[-1].position
+        return [entry for entry in entries if self.wants(entry.message)]
+
+    def _trace(self, entries: Sequence[Entry], since_ns: int) -> None:
+        """Tell that these were delivered, in the traces of what caused them."""
+        if tracing.tracer:
+            name = self.response.__name__.removesuffix("Response")
+            events = (entry.message for entry in entries)
+            came = (
+                (Origin(event.trace_id, event.span_id), event.time.ToNanoseconds())
+                for event in events
+            )
+            tracing.delivered(name, came, since_ns)
 
     def _opened(self) -> Position:
         payload = self._tokens.open(self._purpose, self._resume_token)

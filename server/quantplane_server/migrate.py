@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from functools import cache
 from pathlib import Path
 
 from alembic import command
@@ -46,6 +47,7 @@ async def upgrade(dsn: str, reference_dsn: str | None = None) -> str:
     return head_revision()
 
 
+@cache
 def head_revision() -> str:
     """The revision this server needs."""
     head = ScriptDirectory.from_config(_config()).get_current_head()

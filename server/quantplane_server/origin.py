@@ -7,6 +7,7 @@ class Origin(NamedTuple):
     """What is kept of a call with what it changes."""
 
     trace_id: str = ""  # as W3C Trace Context writes it; "": the call had none
+    span_id: str = ""  # of the server's span of the call; "": it was not sampled
     actor: str = ""  # as `principal.actor` tells it; "": nobody who is known
 
 

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from quantplane.credentials import VARIABLE as API_KEY
 from quantplane_server.config import Settings
@@ -13,9 +14,50 @@ from quantplane_server.config import Settings
 logger = logging.getLogger(__name__)
 
 RESTART_S = 0.5
-STOP_S = 15.0
+STOP_S = 15.0  # beyond the grace, for what a child closes after its calls
 
 READY = "quantplane ready on "  # the line a process prints once it serves
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_children: set[asyncio.subprocess.Process] = set()  # that run
+
+
+def told_to_stop(is_child: bool) -> asyncio.Event:
+    """Return what is set when this process is told to stop.
+
+    A signal tells it; a second one ends it at once, and its children. A child is told
+    by the end of its standard input alone, so that a signal to all processes leaves the
+    order of stopping to the parent.
+    """
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+
+    def at_signal(number: signal.Signals) -> None:
+        if stopped.is_set():
+            _end_at_once(number)
+        stopped.set()
+
+    def at_eof() -> None:
+        loop.remove_reader(sys.stdin)
+        stopped.set()
+
+    for number in SIGNALS:
+        if is_child:
+            signal.signal(number, signal.SIG_IGN)
+        else:
+            loop.add_signal_handler(number, at_signal, number)
+    if is_child:
+        loop.add_reader(sys.stdin, at_eof)
+    return stopped
+
+
+def _end_at_once(number: signal.Signals) -> None:
+    """Take nothing along: what others rely on outlives a process that is killed."""
+    logger.warning("%s again: ending at once", number.name)
+    for process in _children:
+        process.kill()
+    os._exit(128 + number)
 
 
 class Child:
@@ -37,34 +79,32 @@ class Child:
         self._environment.pop(API_KEY, None)
         if api_key:
             self._environment[API_KEY] = api_key
-        self._ready = asyncio.Event()
+        self._stop_s = settings.grace_s + STOP_S
+        self._is_ready = asyncio.Event()
+        self._failure: RuntimeError | None = None
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Keep it running while the block runs, from when it has said that it is ready.
+    async def ready(self) -> None:
+        """Return once it has said that it is. Raises RuntimeError if it ends before."""
+        await self._is_ready.wait()
+        if self._failure:
+            raise self._failure
 
-        Raises RuntimeError if it ends before that.
+    async def keep(self) -> None:
+        """Run it, again if it ends, until cancelled; not again if it was never ready.
+
+        When this is cancelled, it is told to stop, and this returns once it has.
         """
-        watch = asyncio.create_task(self._watch())
-        ready = asyncio.create_task(self._ready.wait())
-        try:
-            await asyncio.wait((watch, ready), return_when=asyncio.FIRST_COMPLETED)
-            if watch.done():
-                watch.result()
-            yield
-        finally:
-            ready.cancel()
-            watch.cancel()
-            with suppress(asyncio.CancelledError):
-                await watch
-
-    async def _watch(self) -> None:
+        name = " ".join(self._args)
         while True:
-            code = await self._run_once()
-            name = " ".join(self._args)
-            if not self._ready.is_set():
-                raise RuntimeError(f"`{name}` ended with exit code {code}")
-            logger.error("`%s` ended with exit code %s; restarting it", name, code)
+            try:
+                end = f"ended with exit code {await self._run_once()}"
+            except OSError as error:
+                end = f"can't be started: {error}"
+            if not self._is_ready.is_set():
+                self._failure = RuntimeError(f"`{name}` {end}")
+                self._is_ready.set()
+                return
+            logger.error("`%s` %s; restarting it", name, end)
             await asyncio.sleep(RESTART_S)
 
     async def _run_once(self) -> int:
@@ -76,15 +116,31 @@ class Child:
             env=self._environment,
         )
         assert process.stdin and process.stdout
+        _children.add(process)
         try:
             async for line in process.stdout:
                 if line.startswith(READY.encode()):
-                    self._ready.set()
+                    self._is_ready.set()
             return await process.wait()
         finally:
             process.stdin.close()
+            if not self._is_ready.is_set() and process.returncode is None:
+                process.kill()  # it has begun nothing that it could finish
             try:
-                async with asyncio.timeout(STOP_S):
+                async with asyncio.timeout(self._stop_s):
                     await process.wait()
             except TimeoutError:
                 process.kill()
+            _children.discard(process)
+
+
+@asynccontextmanager
+async def running(*children: Child) -> AsyncIterator[None]:
+    """Keep processes running while the block runs; at its end they stop together."""
+    keeping = [asyncio.create_task(child.keep()) for child in children]
+    try:
+        yield
+    finally:
+        for task in keeping:
+            task.cancel()
+        await asyncio.gather(*keeping, return_exceptions=True)

@@ -22,6 +22,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeAlias
 
@@ -34,6 +35,7 @@ from quantplane_server.bus import Bus
 from quantplane_server.checks import seconds
 from quantplane_server.errors import InvalidResumeToken
 from quantplane_server.streams import HEARTBEAT_S, goodbye, heartbeat
+from quantplane_server.tasks import Outage
 from quantplane_server.tokens import Tokens, purpose
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class Version(NamedTuple):
 
     state: State
     digest: bytes
+    read_at: float = 0.0  # by the event loop's clock, when it was first like that
 
 
 class Watched:
@@ -116,7 +119,8 @@ class Watched:
         else:
             self.error = None
             if (digest := _digest(state)) != self.version.digest:
-                self.version = Version(state, digest)
+                now = asyncio.get_running_loop().time()
+                self.version = Version(state, digest, now)
 
 
 class Watches:
@@ -125,17 +129,15 @@ class Watches:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._watched: dict[Hashable, Watched] = {}
+        self._outage = Outage(logger, "hearing of changes", buses.UNAVAILABLE)
 
     async def run(self) -> None:
         """Follow the announcements, until cancelled."""
         while True:
-            try:
+            with self._outage:
                 async for topics in self._bus.follow_changes():
+                    self._outage.over()
                     self._refresh(topics)
-            except buses.UNAVAILABLE as error:
-                logger.warning("the bus is away, trying again: %s", error)
-            except Exception:
-                logger.exception("following changes failed, trying again")
             await asyncio.sleep(RETRY_S)
 
     async def announce(self, topics: Iterable[str]) -> None:
@@ -182,6 +184,7 @@ class WatchStream:
         self._resume_token: bytes = request.resume_token
         self._purpose = purpose(request, "resume_token", "heartbeat_interval")
         self._heartbeat_s = seconds(request.heartbeat_interval) or HEARTBEAT_S
+        self._watched: Sequence[Watched] = ()
         self._sent: list[Version] = []
         self._wake = asyncio.Event()
         self._draining = False
@@ -203,6 +206,22 @@ class WatchStream:
         self._draining = True
         self._wake.set()
 
+    def report(self, told: pb.Subscription) -> None:
+        """Fill in which states the reader lacks the newest version of."""
+        told.keys = len(self._parts)
+        told.heartbeat_interval.FromTimedelta(timedelta(seconds=self._heartbeat_s))
+        if not self._sent:
+            told.state = pb.SUBSCRIPTION_STATE_STARTING
+        missing = [
+            one.version.read_at
+            for one, sent in zip(self._watched, self._sent, strict=False)
+            if one.version.digest != sent.digest
+        ]
+        told.pending_entries = len(missing)
+        now = self._now()
+        lag_s = now - min(missing, default=now)
+        told.lag.FromTimedelta(timedelta(seconds=lag_s))
+
     async def messages(self) -> AsyncIterator[Any]:
         """Yield responses until drained."""
         with ExitStack() as stack:
@@ -210,6 +229,7 @@ class WatchStream:
                 stack.enter_context(self._watches.watching(part, self._wake.set))
                 for part in self._parts
             ]
+            self._watched = watched
             async for message in self._snapshot(watched):
                 yield message
             beat_at = self._now() + self._heartbeat_s

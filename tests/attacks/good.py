@@ -36,6 +36,8 @@ async def requests(client: Client) -> dict[str, Any]:
     bar.time.seconds = START_S
     return by_method(
         pb.GetServerInfoRequest(),
+        pb.GetServerStatusRequest(),
+        pb.ListSubscriptionsRequest(),
         pb.GetStorageReportRequest(),
         pb.ListAuditLogsRequest(actions=["login"]),
         login,

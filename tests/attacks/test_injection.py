@@ -1,6 +1,7 @@
 """Text that is meant for a database, a log or a terminal, wherever text may stand."""
 
 import asyncio
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,6 @@ from tests.attacks.good import CHANGED
 from tests.attacks.payloads import TEXTS, obeyed
 from tests.attacks.walk import HOSTILE, Outcome, walk
 from tests.postgres import database
-
-LINE = re.compile(r"[DIWEC] [a-z0-9_.]+: ")
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +69,10 @@ def test_each_line_of_the_log_begins_as_one_and_has_no_control_character(
     outcome: Outcome,
 ):
     lines = outcome.log.removesuffix("\n").split("\n")
-    assert [line for line in lines if obeyed(line) or not LINE.match(line)] == []
-    assert r"\r\nE root: forged" in outcome.log  # what is hostile in it is text
+    assert [line for line in lines if obeyed(line)] == []
+    said = [json.loads(line)["message"] for line in lines]
+    # What is hostile in it is text.
+    assert any(r"\r\nE root: forged" in message for message in said)
 
 
 def test_no_secret_is_in_the_log(outcome: Outcome):

@@ -2,6 +2,7 @@ import asyncio
 import csv
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -473,6 +474,64 @@ async def test_a_reader_that_goes_away_ends_the_watch_quietly(server, symbol):
     out, err = await process.communicate()
     assert out.count(b"\n") == 1
     assert (err, process.returncode) == (b"", 0)
+
+
+NOTHING_YET = "nothing was published yet; is the symbol right?"
+
+
+@asynccontextmanager
+async def watching_latency(server, symbol, *options):
+    """Watch the latency of a symbol that begins to be quoted."""
+    watch = ("quotes", "watch", symbol, "--latency", *options)
+    async with running(server.target, *watch) as process:
+        said = await process.stderr.readline()
+        assert said.decode() == f"{symbol}: {NOTHING_YET}\n"
+        time = {"seconds": 1_700_000_000}
+        await published(server, pb.Quote(symbol=symbol, time=time, bid=1.0))
+        yield process
+
+
+async def test_how_long_quotes_take_is_a_table_instead_of_them(server, symbol):
+    async with watching_latency(server, symbol, "--count", 1) as process:
+        out, err = await process.communicate()
+    assert (err, process.returncode) == (b"", 0)
+    rows = [line.split() for line in out.decode().splitlines()]
+    legs = ["ms", "feed", "publish", "serve", "deliver", "total"]
+    assert [row[0] for row in rows] == legs
+    assert [row[-2:] for row in rows[1:]] == 5 * [["1", "0"]]
+
+
+async def test_how_long_quotes_take_is_told_in_json(server, symbol):
+    async with watching_latency(server, symbol, "--json", "--count", 1) as process:
+        out, _ = await process.communicate()
+    told = json.loads(out)
+    assert list(told) == ["feed", "publish", "serve", "deliver", "total"]
+    assert 0 < told["publish"]["p50_s"] < told["feed"]["p50_s"]
+
+
+async def test_a_watch_of_latency_that_is_interrupted_tells_it(server, symbol):
+    async with watching_latency(server, symbol) as process:
+        process.send_signal(signal.SIGINT)
+        out, err = await process.communicate()
+    assert out.decode().split()[:2] == ["ms", "min"]
+    assert (err, process.returncode) == (b"", 130)
+
+
+async def test_how_long_quotes_take_is_drawn_in_place_on_a_terminal(server, symbol):
+    ours, theirs = pty.openpty()
+    terminal = {"TERM": "xterm", "COLUMNS": "80", "LINES": "30"}
+    watching = await asyncio.create_subprocess_exec(
+        COMMAND, "quotes", "watch", symbol, "--latency", stdout=theirs, stderr=theirs,
+        env={**os.environ, "QUANTPLANE_TARGET": server.target, **terminal},
+    )  # fmt: skip
+    os.close(theirs)
+    drawn = b""
+    while drawn.count(b"negative") < 2:  # drawn again
+        drawn += await asyncio.to_thread(os.read, ours, 65_536)
+    watching.send_signal(signal.SIGINT)
+    assert await watching.wait() == 130
+    os.close(ours)
+    assert b"\x1b[?25l" in drawn  # the cursor is hidden
 
 
 def test_a_gap_is_told_in_one_line():

@@ -1,4 +1,5 @@
 import asyncio
+import time
 
 import grpc
 import pytest
@@ -88,10 +89,20 @@ async def test_batches_are_numbered_from_the_one_that_the_server_names():
         async with client.publish_quotes("nyse") as publisher:
             assert await publisher.send(quotes()) == 7
             assert await publisher.send(quotes(2)) == 8
-    assert server.requests[0][1:] == [
-        pb.PublishQuotesRequest(batch=7, quotes=quotes()),
-        pb.PublishQuotesRequest(batch=8, quotes=quotes(2)),
-    ]
+    sent = [(each.batch, list(each.quotes)) for each in server.requests[0][1:]]
+    assert sent == [(7, quotes()), (8, quotes(2))]
+
+
+async def test_a_batch_says_when_it_was_published_also_when_it_is_sent_again():
+    began = time.time_ns()
+    async with serving(takes(1, then=ends), accepts_all) as (client, server):
+        async with client.publish_quotes("nyse") as publisher:
+            await publisher.send(quotes())
+            await until(lambda: len(server.requests) == 2)
+            ended = time.time_ns()
+    first, again = (requests[1].publish_time for requests in server.requests)
+    assert began <= first.ToNanoseconds() <= ended
+    assert again == first
 
 
 async def test_more_than_2000_quotes_become_several_batches():
@@ -250,7 +261,7 @@ async def test_why_the_server_holds_the_feed_back_is_told():
             assert publisher.hold == pb.HOLD_REASON_UNSPECIFIED
 
 
-@pytest.mark.parametrize("bound", [{"MAX_BATCHES": 2}, {"MAX_BYTES": 20}])
+@pytest.mark.parametrize("bound", [{"MAX_BATCHES": 2}, {"MAX_BYTES": 40}])
 async def test_send_waits_while_too_much_is_not_accepted(monkeypatch, bound):
     for name, value in bound.items():
         monkeypatch.setattr(QuotePublisher, name, value)

@@ -284,7 +284,8 @@ class Watcher:
 class Trading:
     """Strategies on all servers; on each server a gateway and a watcher."""
 
-    def __init__(self, *clients: Client) -> None:
+    def __init__(self, *clients: Client, rate: int = RATE) -> None:
+        self.rate = rate  # orders a second
         self.submitted = 0  # the number of the last order
         self.acknowledged = 0  # orders
         self.journal = Journal()
@@ -341,7 +342,8 @@ class Trading:
         due, then = 0.0, time.monotonic()
         while True:
             await asyncio.sleep(TICK_S)
-            due, then = due % 1 + (time.monotonic() - then) * RATE, time.monotonic()
+            passed_s, then = time.monotonic() - then, time.monotonic()
+            due = due % 1 + passed_s * self.rate
             for _ in range(min(int(due), OPEN - (self.submitted - self.settled))):
                 self.submitted += 1
                 self._group.create_task(self._trade(self.submitted))

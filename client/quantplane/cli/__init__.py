@@ -30,6 +30,7 @@ from quantplane.cli.login import login, logout, whoami
 from quantplane.cli.market_data import bars, symbols, watch_quotes
 from quantplane.cli.options import chain, expirations
 from quantplane.cli.replaying import Pace, replay
+from quantplane.cli.top import top
 
 __all__ = ["Pace", "Tally", "app", "store_bars"]
 
@@ -91,6 +92,7 @@ config_app.command("get")(configurations.get)
 config_app.command("set")(configurations.set_value)
 config_app.command("delete")(configurations.delete)
 app.command()(audit)
+app.command()(top)
 app.command()(login)
 app.command()(logout)
 app.command()(whoami)

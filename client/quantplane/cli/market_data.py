@@ -1,7 +1,9 @@
 """Commands that show quotes, bars and symbols."""
 
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +20,8 @@ from quantplane.cli.running import run, say
 if TYPE_CHECKING:
     from quantplane import v1 as pb
     from quantplane.client import Client
+    from quantplane.follow import Follower
+    from quantplane.latency import Latency
     from quantplane.tables import BarWriter
 
 
@@ -29,11 +33,22 @@ def watch_quotes(
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Every quote, even if they come late.")
     ] = False,
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency",
+            help="Instead of the quotes, how long they are on their way, leg by leg.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
     start: StartOption = None,
     target: TargetOption = None,
 ) -> None:
-    """Print quotes as they come, one a line; with --start the recorded ones before."""
+    """Print quotes as they come, one a line; with --start the recorded ones before.
+
+    With --latency, a table that is kept up on a terminal, and printed at the end
+    elsewhere.
+    """
     from quantplane import v1 as pb
     from quantplane.tables import quote_json, quote_line
 
@@ -42,8 +57,11 @@ def watch_quotes(
         delivery=pb.DELIVERY_LOSSLESS if lossless else pb.DELIVERY_LATEST,
         start_time=time_of(start, "--start"),
     )
-    show = quote_json if as_json else quote_line
-    run(target, lambda client: _watch(client, request, show, count))
+    if latency:
+        run(target, lambda client: _watch_latency(client, request, count, as_json))
+    else:
+        show = quote_json if as_json else quote_line
+        run(target, lambda client: _watch(client, request, show, count))
 
 
 def bars(
@@ -98,18 +116,54 @@ async def _watch(
     show: Callable[["pb.Quote"], str],
     count: int | None,
 ) -> None:
+    async with client.follow(client.market_data.StreamQuotes, request) as stream:
+        async for quote in _quotes(stream, count):
+            print(show(quote), flush=True)
+
+
+async def _watch_latency(
+    client: "Client",
+    request: "pb.StreamQuotesRequest",
+    count: int | None,
+    as_json: bool,
+) -> None:
+    async with client.follow(client.market_data.StreamQuotes, request) as stream:
+        with _shown(stream.latency, as_json):
+            async for _ in _quotes(stream, count):
+                pass
+
+
+async def _quotes(
+    stream: "Follower[pb.StreamQuotesResponse]", count: int | None
+) -> AsyncIterator["pb.Quote"]:
+    """Yield the quotes of a stream, at most `count`; say what else happens."""
     from quantplane.tables import event_lines
 
-    shown = 0
-    async with client.follow(client.market_data.StreamQuotes, request) as stream:
-        async for response in stream:
-            for line in event_lines(response.event):
-                say(line)
-            for quote in response.quotes:
-                print(show(quote), flush=True)
-                shown += 1
-                if shown == count:
-                    return
+    yielded = 0
+    async for response in stream:
+        for line in event_lines(response.event):
+            say(line)
+        for quote in response.quotes:
+            yield quote
+            yielded += 1
+            if yielded == count:
+                return
+
+
+@contextmanager
+def _shown(latency: "Latency", as_json: bool) -> Iterator[None]:
+    """Show it in place on a terminal, elsewhere at the end."""
+    from rich.live import Live
+    from rich.text import Text
+
+    if sys.stdout.isatty() and not as_json:
+        with Live(get_renderable=lambda: Text(str(latency))):
+            yield
+        return
+    try:
+        yield
+    finally:
+        print(json.dumps(latency.to_dict()) if as_json else latency)
 
 
 async def _list_bars(

@@ -46,6 +46,13 @@ from quantplane.tables.portfolio import (
     print_portfolio,
 )
 from quantplane.tables.signals import print_signals, signal_line
+from quantplane.tables.status import (
+    Change,
+    Sample,
+    status_json,
+    status_line,
+    status_view,
+)
 from quantplane.tables.strategies import (
     StrategyLines,
     print_strategies,
@@ -68,9 +75,11 @@ from quantplane.tables.values import differences, parse_value, value_text
 __all__ = [
     "BarRow",
     "BarWriter",
+    "Change",
     "ContractRow",
     "CsvBars",
     "JsonBars",
+    "Sample",
     "StrategyLines",
     "TableBars",
     "TableSnapshots",
@@ -114,6 +123,9 @@ __all__ = [
     "quote_json",
     "quote_line",
     "signal_line",
+    "status_json",
+    "status_line",
+    "status_view",
     "value_text",
     "word",
     "words",

@@ -28,7 +28,7 @@ TEXTS = {
     *("client id", "signal", "side", "type", "status", "tif", "note", "venue"),
     *("key", "column", "opened by", "marked", "expires"),
     *("name", "symbols", "limits", "updated", "setting", "set", "by", "description"),
-    *("who", "from", "action", "resource", "change"),
+    *("who", "from", "action", "resource", "change", "method", "state"),
 }  # whose columns begin at the left
 
 

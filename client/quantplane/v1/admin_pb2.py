@@ -25,9 +25,10 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from quantplane.v1 import annotations_pb2 as quantplane_dot_v1_dot_annotations__pb2
+from quantplane.v1 import market_data_pb2 as quantplane_dot_v1_dot_market__data__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19quantplane/v1/admin.proto\x12\rquantplane.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fquantplane/v1/annotations.proto\"\x16\n\x14GetServerInfoRequest\"\xf6\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\'\n\x07\x65\x64ition\x18\x02 \x01(\x0e\x32\x16.quantplane.v1.Edition\x12\x1a\n\x12postgresql_version\x18\x03 \x01(\t\x12\x1b\n\x13timescaledb_version\x18\x04 \x01(\t\x12\x13\n\x0b\x62us_version\x18\x05 \x01(\t\x12\x17\n\x0fschema_revision\x18\x06 \x01(\t\x12!\n\x19reference_schema_revision\x18\x07 \x01(\t\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bserver_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x38\n\x15\x64\x61tabase_clock_offset\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"\x19\n\x17GetStorageReportRequest\"\x86\x01\n\x18GetStorageReportResponse\x12*\n\x06tables\x18\x01 \x03(\x0b\x32\x1a.quantplane.v1.TableReport\x12(\n\x05tasks\x18\x02 \x03(\x0b\x32\x19.quantplane.v1.TaskReport\x12\x14\n\x0cpending_days\x18\x03 \x01(\x03\"\xce\x01\n\x0bTableReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\x12\x33\n\nhypertable\x18\x04 \x01(\x0b\x32\x1f.quantplane.v1.HypertableReport\x12,\n\tretention\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08policies\x18\x06 \x03(\x0b\x32\x19.quantplane.v1.TaskReport\"\xde\x01\n\x10HypertableReport\x12\x0e\n\x06\x63hunks\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompressed_chunks\x18\x02 \x01(\x05\x12 \n\x18\x62ytes_before_compression\x18\x03 \x01(\x03\x12\x1f\n\x17\x62ytes_after_compression\x18\x04 \x01(\x03\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc3\x01\n\nTaskReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x33\n\x0flast_start_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\rlast_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0elast_succeeded\x18\x05 \x01(\x08\x12\x13\n\x0blast_result\x18\x06 \x01(\t*`\n\x07\x45\x64ition\x12\x17\n\x13\x45\x44ITION_UNSPECIFIED\x10\x00\x12\x11\n\rEDITION_PLAIN\x10\x01\x12\x12\n\x0e\x45\x44ITION_APACHE\x10\x02\x12\x15\n\x11\x45\x44ITION_COMMUNITY\x10\x03\x32\x83\x02\n\x0c\x41\x64minService\x12t\n\rGetServerInfo\x12#.quantplane.v1.GetServerInfoRequest\x1a$.quantplane.v1.GetServerInfoResponse\"\x18\x90\x02\x01\x8a\xce\x18\r\n\x05\x61\x64min\x12\x04read\xa8\xce\x18\x01\x12}\n\x10GetStorageReport\x12&.quantplane.v1.GetStorageReportRequest\x1a\'.quantplane.v1.GetStorageReportResponse\"\x18\x90\x02\x01\x8a\xce\x18\r\n\x05\x61\x64min\x12\x04read\xa8\xce\x18\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19quantplane/v1/admin.proto\x12\rquantplane.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fquantplane/v1/annotations.proto\x1a\x1fquantplane/v1/market_data.proto\"\x16\n\x14GetServerInfoRequest\"\xf6\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\'\n\x07\x65\x64ition\x18\x02 \x01(\x0e\x32\x16.quantplane.v1.Edition\x12\x1a\n\x12postgresql_version\x18\x03 \x01(\t\x12\x1b\n\x13timescaledb_version\x18\x04 \x01(\t\x12\x13\n\x0b\x62us_version\x18\x05 \x01(\t\x12\x17\n\x0fschema_revision\x18\x06 \x01(\t\x12!\n\x19reference_schema_revision\x18\x07 \x01(\t\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bserver_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x38\n\x15\x64\x61tabase_clock_offset\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"\x18\n\x16GetServerStatusRequest\"\xcc\x03\n\x17GetServerStatusResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bserver_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12\x0f\n\x07streams\x18\x05 \x01(\x05\x12\x13\n\x0bmax_streams\x18\x06 \x01(\x05\x12\x11\n\tresponses\x18\x07 \x01(\x03\x12\x16\n\x0eresponse_bytes\x18\x08 \x01(\x03\x12\x17\n\x0fquotes_accepted\x18\t \x01(\x03\x12\x18\n\x10quotes_conflated\x18\n \x01(\x03\x12.\n\x08\x62\x61\x63kends\x18\x0b \x03(\x0b\x32\x1c.quantplane.v1.BackendStatus\x12(\n\x05pools\x18\x0c \x03(\x0b\x32\x19.quantplane.v1.PoolStatus\x12%\n\x03\x62us\x18\r \x01(\x0b\x32\x18.quantplane.v1.BusStatus\x12&\n\x04logs\x18\x0e \x03(\x0b\x32\x18.quantplane.v1.LogStatus\"k\n\rBackendStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02up\x18\x02 \x01(\x08\x12/\n\x0b\x63hange_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07problem\x18\x04 \x01(\t\"[\n\nPoolStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x05\x12\x0e\n\x06in_use\x18\x03 \x01(\x05\x12\x10\n\x08max_size\x18\x04 \x01(\x05\x12\x0f\n\x07waiting\x18\x05 \x01(\x05\"\x8c\x01\n\tBusStatus\x12\x16\n\x0e\x61ppended_bytes\x18\x01 \x01(\x03\x12\x18\n\x10unrecorded_bytes\x18\x02 \x01(\x03\x12\x1c\n\x14max_unrecorded_bytes\x18\x03 \x01(\x03\x12/\n\x0crecorder_lag\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"*\n\tLogStatus\x12\x0b\n\x03log\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\"A\n\x18ListSubscriptionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"{\n\x19ListSubscriptionsResponse\x12\x32\n\rsubscriptions\x18\x01 \x03(\x0b\x32\x1b.quantplane.v1.Subscription\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x11\n\tserver_id\x18\x03 \x01(\t\"\x94\x05\n\x0cSubscription\x12\n\n\x02id\x18\x01 \x01(\x03\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x10\n\x08username\x18\x03 \x01(\t\x12\x0e\n\x06key_id\x18\x04 \x01(\t\x12\x0c\n\x04peer\x18\x05 \x01(\t\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x05state\x18\x07 \x01(\x0e\x32 .quantplane.v1.SubscriptionState\x12\x0c\n\x04keys\x18\x08 \x01(\x05\x12)\n\x08\x64\x65livery\x18\t \x01(\x0e\x32\x17.quantplane.v1.Delivery\x12/\n\x0cmin_interval\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12heartbeat_interval\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tresponses\x18\x0c \x01(\x03\x12\x16\n\x0eresponse_bytes\x18\r \x01(\x03\x12\x31\n\x0esince_response\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0c\x61\x63knowledged\x18\x0f \x01(\x03\x12\x1a\n\x12max_unacknowledged\x18\x10 \x01(\x03\x12\x15\n\rpending_bytes\x18\x11 \x01(\x03\x12\x17\n\x0fpending_entries\x18\x12 \x01(\x03\x12&\n\x03lag\x18\x13 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0f\x63onflated_count\x18\x14 \x01(\x03\x12\x0c\n\x04\x66\x65\x65\x64\x18\x15 \x01(\t\x12\'\n\x04hold\x18\x16 \x01(\x0e\x32\x19.quantplane.v1.HoldReason\"\x19\n\x17GetStorageReportRequest\"\x86\x01\n\x18GetStorageReportResponse\x12*\n\x06tables\x18\x01 \x03(\x0b\x32\x1a.quantplane.v1.TableReport\x12(\n\x05tasks\x18\x02 \x03(\x0b\x32\x19.quantplane.v1.TaskReport\x12\x14\n\x0cpending_days\x18\x03 \x01(\x03\"\xce\x01\n\x0bTableReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\x12\x33\n\nhypertable\x18\x04 \x01(\x0b\x32\x1f.quantplane.v1.HypertableReport\x12,\n\tretention\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08policies\x18\x06 \x03(\x0b\x32\x19.quantplane.v1.TaskReport\"\xde\x01\n\x10HypertableReport\x12\x0e\n\x06\x63hunks\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompressed_chunks\x18\x02 \x01(\x05\x12 \n\x18\x62ytes_before_compression\x18\x03 \x01(\x03\x12\x1f\n\x17\x62ytes_after_compression\x18\x04 \x01(\x03\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc3\x01\n\nTaskReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x33\n\x0flast_start_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\rlast_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0elast_succeeded\x18\x05 \x01(\x08\x12\x13\n\x0blast_result\x18\x06 \x01(\t*`\n\x07\x45\x64ition\x12\x17\n\x13\x45\x44ITION_UNSPECIFIED\x10\x00\x12\x11\n\rEDITION_PLAIN\x10\x01\x12\x12\n\x0e\x45\x44ITION_APACHE\x10\x02\x12\x15\n\x11\x45\x44ITION_COMMUNITY\x10\x03*\xf6\x01\n\x11SubscriptionState\x12\"\n\x1eSUBSCRIPTION_STATE_UNSPECIFIED\x10\x00\x12\x1f\n\x1bSUBSCRIPTION_STATE_STARTING\x10\x01\x12\x1e\n\x1aSUBSCRIPTION_STATE_HISTORY\x10\x02\x12\"\n\x1eSUBSCRIPTION_STATE_CATCHING_UP\x10\x03\x12\x1b\n\x17SUBSCRIPTION_STATE_LIVE\x10\x04\x12\x1e\n\x1aSUBSCRIPTION_STATE_STALLED\x10\x05\x12\x1b\n\x17SUBSCRIPTION_STATE_HELD\x10\x06\x32\x82\x04\n\x0c\x41\x64minService\x12t\n\rGetServerInfo\x12#.quantplane.v1.GetServerInfoRequest\x1a$.quantplane.v1.GetServerInfoResponse\"\x18\x90\x02\x01\x8a\xce\x18\r\n\x05\x61\x64min\x12\x04read\xa8\xce\x18\x01\x12z\n\x0fGetServerStatus\x12%.quantplane.v1.GetServerStatusRequest\x1a&.quantplane.v1.GetServerStatusResponse\"\x18\x90\x02\x01\x8a\xce\x18\r\n\x05\x61\x64min\x12\x04read\xa8\xce\x18\x04\x12\x80\x01\n\x11ListSubscriptions\x12\'.quantplane.v1.ListSubscriptionsRequest\x1a(.quantplane.v1.ListSubscriptionsResponse\"\x18\x90\x02\x01\x8a\xce\x18\r\n\x05\x61\x64min\x12\x04read\xa8\xce\x18\x04\x12}\n\x10GetStorageReport\x12&.quantplane.v1.GetStorageReportRequest\x1a\'.quantplane.v1.GetStorageReportResponse\"\x18\x90\x02\x01\x8a\xce\x18\r\n\x05\x61\x64min\x12\x04read\xa8\xce\x18\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,24 +37,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADMINSERVICE'].methods_by_name['GetServerInfo']._loaded_options = None
   _globals['_ADMINSERVICE'].methods_by_name['GetServerInfo']._serialized_options = b'\220\002\001\212\316\030\r\n\005admin\022\004read\250\316\030\001'
+  _globals['_ADMINSERVICE'].methods_by_name['GetServerStatus']._loaded_options = None
+  _globals['_ADMINSERVICE'].methods_by_name['GetServerStatus']._serialized_options = b'\220\002\001\212\316\030\r\n\005admin\022\004read\250\316\030\004'
+  _globals['_ADMINSERVICE'].methods_by_name['ListSubscriptions']._loaded_options = None
+  _globals['_ADMINSERVICE'].methods_by_name['ListSubscriptions']._serialized_options = b'\220\002\001\212\316\030\r\n\005admin\022\004read\250\316\030\004'
   _globals['_ADMINSERVICE'].methods_by_name['GetStorageReport']._loaded_options = None
   _globals['_ADMINSERVICE'].methods_by_name['GetStorageReport']._serialized_options = b'\220\002\001\212\316\030\r\n\005admin\022\004read\250\316\030\004'
-  _globals['_EDITION']._serialized_start=1339
-  _globals['_EDITION']._serialized_end=1435
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=142
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=164
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=167
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=541
-  _globals['_GETSTORAGEREPORTREQUEST']._serialized_start=543
-  _globals['_GETSTORAGEREPORTREQUEST']._serialized_end=568
-  _globals['_GETSTORAGEREPORTRESPONSE']._serialized_start=571
-  _globals['_GETSTORAGEREPORTRESPONSE']._serialized_end=705
-  _globals['_TABLEREPORT']._serialized_start=708
-  _globals['_TABLEREPORT']._serialized_end=914
-  _globals['_HYPERTABLEREPORT']._serialized_start=917
-  _globals['_HYPERTABLEREPORT']._serialized_end=1139
-  _globals['_TASKREPORT']._serialized_start=1142
-  _globals['_TASKREPORT']._serialized_end=1337
-  _globals['_ADMINSERVICE']._serialized_start=1438
-  _globals['_ADMINSERVICE']._serialized_end=1697
+  _globals['_EDITION']._serialized_start=3105
+  _globals['_EDITION']._serialized_end=3201
+  _globals['_SUBSCRIPTIONSTATE']._serialized_start=3204
+  _globals['_SUBSCRIPTIONSTATE']._serialized_end=3450
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=175
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=197
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=200
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=574
+  _globals['_GETSERVERSTATUSREQUEST']._serialized_start=576
+  _globals['_GETSERVERSTATUSREQUEST']._serialized_end=600
+  _globals['_GETSERVERSTATUSRESPONSE']._serialized_start=603
+  _globals['_GETSERVERSTATUSRESPONSE']._serialized_end=1063
+  _globals['_BACKENDSTATUS']._serialized_start=1065
+  _globals['_BACKENDSTATUS']._serialized_end=1172
+  _globals['_POOLSTATUS']._serialized_start=1174
+  _globals['_POOLSTATUS']._serialized_end=1265
+  _globals['_BUSSTATUS']._serialized_start=1268
+  _globals['_BUSSTATUS']._serialized_end=1408
+  _globals['_LOGSTATUS']._serialized_start=1410
+  _globals['_LOGSTATUS']._serialized_end=1452
+  _globals['_LISTSUBSCRIPTIONSREQUEST']._serialized_start=1454
+  _globals['_LISTSUBSCRIPTIONSREQUEST']._serialized_end=1519
+  _globals['_LISTSUBSCRIPTIONSRESPONSE']._serialized_start=1521
+  _globals['_LISTSUBSCRIPTIONSRESPONSE']._serialized_end=1644
+  _globals['_SUBSCRIPTION']._serialized_start=1647
+  _globals['_SUBSCRIPTION']._serialized_end=2307
+  _globals['_GETSTORAGEREPORTREQUEST']._serialized_start=2309
+  _globals['_GETSTORAGEREPORTREQUEST']._serialized_end=2334
+  _globals['_GETSTORAGEREPORTRESPONSE']._serialized_start=2337
+  _globals['_GETSTORAGEREPORTRESPONSE']._serialized_end=2471
+  _globals['_TABLEREPORT']._serialized_start=2474
+  _globals['_TABLEREPORT']._serialized_end=2680
+  _globals['_HYPERTABLEREPORT']._serialized_start=2683
+  _globals['_HYPERTABLEREPORT']._serialized_end=2905
+  _globals['_TASKREPORT']._serialized_start=2908
+  _globals['_TASKREPORT']._serialized_end=3103
+  _globals['_ADMINSERVICE']._serialized_start=3453
+  _globals['_ADMINSERVICE']._serialized_end=3967
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from quantplane.v1 import market_data_pb2 as _market_data_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -54,6 +55,43 @@ EDITION_COMMUNITY: Edition.ValueType  # 3
 aggregate, and policies that the database runs by itself.
 """
 Global___Edition: _TypeAlias = Edition  # noqa: Y015
+
+class _SubscriptionState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SubscriptionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SubscriptionState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SUBSCRIPTION_STATE_UNSPECIFIED: _SubscriptionState.ValueType  # 0
+    SUBSCRIPTION_STATE_STARTING: _SubscriptionState.ValueType  # 1
+    """It reads the snapshot."""
+    SUBSCRIPTION_STATE_HISTORY: _SubscriptionState.ValueType  # 2
+    """It reads history from the database."""
+    SUBSCRIPTION_STATE_CATCHING_UP: _SubscriptionState.ValueType  # 3
+    """It reads on from where it was, and is not at the end yet."""
+    SUBSCRIPTION_STATE_LIVE: _SubscriptionState.ValueType  # 4
+    """It is given what comes."""
+    SUBSCRIPTION_STATE_STALLED: _SubscriptionState.ValueType  # 5
+    """For 5 s it has not read what there is for it."""
+    SUBSCRIPTION_STATE_HELD: _SubscriptionState.ValueType  # 6
+    """A feed that is held back; `hold` says why."""
+
+class SubscriptionState(_SubscriptionState, metaclass=_SubscriptionStateEnumTypeWrapper): ...
+
+SUBSCRIPTION_STATE_UNSPECIFIED: SubscriptionState.ValueType  # 0
+SUBSCRIPTION_STATE_STARTING: SubscriptionState.ValueType  # 1
+"""It reads the snapshot."""
+SUBSCRIPTION_STATE_HISTORY: SubscriptionState.ValueType  # 2
+"""It reads history from the database."""
+SUBSCRIPTION_STATE_CATCHING_UP: SubscriptionState.ValueType  # 3
+"""It reads on from where it was, and is not at the end yet."""
+SUBSCRIPTION_STATE_LIVE: SubscriptionState.ValueType  # 4
+"""It is given what comes."""
+SUBSCRIPTION_STATE_STALLED: SubscriptionState.ValueType  # 5
+"""For 5 s it has not read what there is for it."""
+SUBSCRIPTION_STATE_HELD: SubscriptionState.ValueType  # 6
+"""A feed that is held back; `hold` says why."""
+Global___SubscriptionState: _TypeAlias = SubscriptionState  # noqa: Y015
 
 @_typing.final
 class GetServerInfoRequest(_message.Message):
@@ -130,6 +168,393 @@ class GetServerInfoResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
+
+@_typing.final
+class GetServerStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetServerStatusRequest: _TypeAlias = GetServerStatusRequest  # noqa: Y015
+
+@_typing.final
+class GetServerStatusResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_ID_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    SERVER_TIME_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    STREAMS_FIELD_NUMBER: _builtins.int
+    MAX_STREAMS_FIELD_NUMBER: _builtins.int
+    RESPONSES_FIELD_NUMBER: _builtins.int
+    RESPONSE_BYTES_FIELD_NUMBER: _builtins.int
+    QUOTES_ACCEPTED_FIELD_NUMBER: _builtins.int
+    QUOTES_CONFLATED_FIELD_NUMBER: _builtins.int
+    BACKENDS_FIELD_NUMBER: _builtins.int
+    POOLS_FIELD_NUMBER: _builtins.int
+    BUS_FIELD_NUMBER: _builtins.int
+    LOGS_FIELD_NUMBER: _builtins.int
+    server_id: _builtins.str
+    """Host and number of the process that answers: "desk-1:4711"."""
+    draining: _builtins.bool
+    """It takes no new streams, and ends those it has."""
+    streams: _builtins.int
+    """Open streams, and how many there may be."""
+    max_streams: _builtins.int
+    responses: _builtins.int
+    """What streams were sent since the start."""
+    response_bytes: _builtins.int
+    quotes_accepted: _builtins.int
+    """Quotes of feeds that the bus has taken from this process since the start."""
+    quotes_conflated: _builtins.int
+    """Quotes left out for readers of this process since the start."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def server_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def backends(self) -> _containers.RepeatedCompositeFieldContainer[Global___BackendStatus]:
+        """By name."""
+
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolStatus]: ...
+    @_builtins.property
+    def bus(self) -> Global___BusStatus:
+        """As last known; absent while nothing is known."""
+
+    @_builtins.property
+    def logs(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogStatus]:
+        """By name. Empty while the database is away."""
+
+    def __init__(
+        self,
+        *,
+        server_id: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        server_time: _timestamp_pb2.Timestamp | None = ...,
+        draining: _builtins.bool = ...,
+        streams: _builtins.int = ...,
+        max_streams: _builtins.int = ...,
+        responses: _builtins.int = ...,
+        response_bytes: _builtins.int = ...,
+        quotes_accepted: _builtins.int = ...,
+        quotes_conflated: _builtins.int = ...,
+        backends: _abc.Iterable[Global___BackendStatus] | None = ...,
+        pools: _abc.Iterable[Global___PoolStatus] | None = ...,
+        bus: Global___BusStatus | None = ...,
+        logs: _abc.Iterable[Global___LogStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bus", b"bus", "server_time", b"server_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backends", b"backends", "bus", b"bus", "draining", b"draining", "logs", b"logs", "max_streams", b"max_streams", "pools", b"pools", "quotes_accepted", b"quotes_accepted", "quotes_conflated", b"quotes_conflated", "response_bytes", b"response_bytes", "responses", b"responses", "server_id", b"server_id", "server_time", b"server_time", "start_time", b"start_time", "streams", b"streams"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetServerStatusResponse: _TypeAlias = GetServerStatusResponse  # noqa: Y015
+
+@_typing.final
+class BackendStatus(_message.Message):
+    """What a server can't do without."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    UP_FIELD_NUMBER: _builtins.int
+    CHANGE_TIME_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"bus", "db" (the time series) or "reference"."""
+    up: _builtins.bool
+    problem: _builtins.str
+    """Why it is not up; empty if it is."""
+    @_builtins.property
+    def change_time(self) -> _timestamp_pb2.Timestamp:
+        """When it last became what it is."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        up: _builtins.bool = ...,
+        change_time: _timestamp_pb2.Timestamp | None = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change_time", b"change_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change_time", b"change_time", "name", b"name", "problem", b"problem", "up", b"up"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BackendStatus: _TypeAlias = BackendStatus  # noqa: Y015
+
+@_typing.final
+class PoolStatus(_message.Message):
+    """The connections of a process to one database."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    IN_USE_FIELD_NUMBER: _builtins.int
+    MAX_SIZE_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    size: _builtins.int
+    """Open, in use, and how many there may be."""
+    in_use: _builtins.int
+    max_size: _builtins.int
+    waiting: _builtins.int
+    """Who waits for one."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        size: _builtins.int = ...,
+        in_use: _builtins.int = ...,
+        max_size: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_use", b"in_use", "max_size", b"max_size", "name", b"name", "size", b"size", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolStatus: _TypeAlias = PoolStatus  # noqa: Y015
+
+@_typing.final
+class BusStatus(_message.Message):
+    """The buffer of quotes between the feeds and the database, for all processes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPENDED_BYTES_FIELD_NUMBER: _builtins.int
+    UNRECORDED_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_UNRECORDED_BYTES_FIELD_NUMBER: _builtins.int
+    RECORDER_LAG_FIELD_NUMBER: _builtins.int
+    appended_bytes: _builtins.int
+    """Ever appended."""
+    unrecorded_bytes: _builtins.int
+    """Not in the database yet, and how much of that there may be before feeds are
+    held back.
+    """
+    max_unrecorded_bytes: _builtins.int
+    @_builtins.property
+    def recorder_lag(self) -> _duration_pb2.Duration:
+        """How long the oldest of them has been there."""
+
+    def __init__(
+        self,
+        *,
+        appended_bytes: _builtins.int = ...,
+        unrecorded_bytes: _builtins.int = ...,
+        max_unrecorded_bytes: _builtins.int = ...,
+        recorder_lag: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["recorder_lag", b"recorder_lag"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["appended_bytes", b"appended_bytes", "max_unrecorded_bytes", b"max_unrecorded_bytes", "recorder_lag", b"recorder_lag", "unrecorded_bytes", b"unrecorded_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BusStatus: _TypeAlias = BusStatus  # noqa: Y015
+
+@_typing.final
+class LogStatus(_message.Message):
+    """A log: "orders" or "signals"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOG_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    log: _builtins.str
+    revision: _builtins.int
+    """Of its last entry."""
+    def __init__(
+        self,
+        *,
+        log: _builtins.str = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log", b"log", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogStatus: _TypeAlias = LogStatus  # noqa: Y015
+
+@_typing.final
+class ListSubscriptionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most 1,000; 0 means 1,000."""
+    page_token: _builtins.str
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSubscriptionsRequest: _TypeAlias = ListSubscriptionsRequest  # noqa: Y015
+
+@_typing.final
+class ListSubscriptionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBSCRIPTIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SERVER_ID_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    server_id: _builtins.str
+    """As in GetServerStatusResponse: ids are of that process."""
+    @_builtins.property
+    def subscriptions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Subscription]:
+        """By id. One that begins or ends meanwhile may be left out."""
+
+    def __init__(
+        self,
+        *,
+        subscriptions: _abc.Iterable[Global___Subscription] | None = ...,
+        next_page_token: _builtins.str = ...,
+        server_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "server_id", b"server_id", "subscriptions", b"subscriptions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSubscriptionsResponse: _TypeAlias = ListSubscriptionsResponse  # noqa: Y015
+
+@_typing.final
+class Subscription(_message.Message):
+    """A stream that is open, as its server process sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    USERNAME_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    DELIVERY_FIELD_NUMBER: _builtins.int
+    MIN_INTERVAL_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
+    RESPONSES_FIELD_NUMBER: _builtins.int
+    RESPONSE_BYTES_FIELD_NUMBER: _builtins.int
+    SINCE_RESPONSE_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
+    MAX_UNACKNOWLEDGED_FIELD_NUMBER: _builtins.int
+    PENDING_BYTES_FIELD_NUMBER: _builtins.int
+    PENDING_ENTRIES_FIELD_NUMBER: _builtins.int
+    LAG_FIELD_NUMBER: _builtins.int
+    CONFLATED_COUNT_FIELD_NUMBER: _builtins.int
+    FEED_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Numbered from 1 in the process."""
+    method: _builtins.str
+    """"quantplane.v1.MarketDataService/StreamQuotes"."""
+    username: _builtins.str
+    """Whose it is; key_id is empty for an access token or a certificate. Both are
+    empty where anybody may call.
+    """
+    key_id: _builtins.str
+    peer: _builtins.str
+    """Where from, as gRPC writes it: "ipv4:10.0.0.7:51234"."""
+    state: Global___SubscriptionState.ValueType
+    keys: _builtins.int
+    """How many symbols, underlyings or the like it is about; 0: it does not name any."""
+    delivery: _market_data_pb2.Delivery.ValueType
+    """What it asked for, or what holds without. Of streams of quotes."""
+    responses: _builtins.int
+    """Written to the connection. The reader may not have read all of it."""
+    response_bytes: _builtins.int
+    acknowledged: _builtins.int
+    """The last response that the reader said it has read, and how many more it is
+    given; both 0 if it does not say so.
+    """
+    max_unacknowledged: _builtins.int
+    pending_bytes: _builtins.int
+    """What waits for it: bytes of quotes, and entries of the bus, events of a log or
+    states.
+    """
+    pending_entries: _builtins.int
+    conflated_count: _builtins.int
+    """Quotes left out so far."""
+    feed: _builtins.str
+    """Of a feed."""
+    hold: _market_data_pb2.HoldReason.ValueType
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def min_interval(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def heartbeat_interval(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def since_response(self) -> _duration_pb2.Duration:
+        """How long ago the last one was."""
+
+    @_builtins.property
+    def lag(self) -> _duration_pb2.Duration:
+        """How long the oldest of what it was not given has been there; of HISTORY, how
+        far the quotes that it is given lie back.
+        """
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        method: _builtins.str = ...,
+        username: _builtins.str = ...,
+        key_id: _builtins.str = ...,
+        peer: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        state: Global___SubscriptionState.ValueType = ...,
+        keys: _builtins.int = ...,
+        delivery: _market_data_pb2.Delivery.ValueType = ...,
+        min_interval: _duration_pb2.Duration | None = ...,
+        heartbeat_interval: _duration_pb2.Duration | None = ...,
+        responses: _builtins.int = ...,
+        response_bytes: _builtins.int = ...,
+        since_response: _duration_pb2.Duration | None = ...,
+        acknowledged: _builtins.int = ...,
+        max_unacknowledged: _builtins.int = ...,
+        pending_bytes: _builtins.int = ...,
+        pending_entries: _builtins.int = ...,
+        lag: _duration_pb2.Duration | None = ...,
+        conflated_count: _builtins.int = ...,
+        feed: _builtins.str = ...,
+        hold: _market_data_pb2.HoldReason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "lag", b"lag", "min_interval", b"min_interval", "since_response", b"since_response", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "conflated_count", b"conflated_count", "delivery", b"delivery", "feed", b"feed", "heartbeat_interval", b"heartbeat_interval", "hold", b"hold", "id", b"id", "key_id", b"key_id", "keys", b"keys", "lag", b"lag", "max_unacknowledged", b"max_unacknowledged", "method", b"method", "min_interval", b"min_interval", "peer", b"peer", "pending_bytes", b"pending_bytes", "pending_entries", b"pending_entries", "response_bytes", b"response_bytes", "responses", b"responses", "since_response", b"since_response", "start_time", b"start_time", "state", b"state", "username", b"username"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Subscription: _TypeAlias = Subscription  # noqa: Y015
 
 @_typing.final
 class GetStorageReportRequest(_message.Message):

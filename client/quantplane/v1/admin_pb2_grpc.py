@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """What a server is and how its storage is doing.
+    """What a server is, how it is doing, and how its storage is.
     """
 
     def __init__(self, channel):
@@ -40,6 +40,16 @@ class AdminServiceStub(object):
                 request_serializer=quantplane_dot_v1_dot_admin__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=quantplane_dot_v1_dot_admin__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
+        self.GetServerStatus = channel.unary_unary(
+                '/quantplane.v1.AdminService/GetServerStatus',
+                request_serializer=quantplane_dot_v1_dot_admin__pb2.GetServerStatusRequest.SerializeToString,
+                response_deserializer=quantplane_dot_v1_dot_admin__pb2.GetServerStatusResponse.FromString,
+                _registered_method=True)
+        self.ListSubscriptions = channel.unary_unary(
+                '/quantplane.v1.AdminService/ListSubscriptions',
+                request_serializer=quantplane_dot_v1_dot_admin__pb2.ListSubscriptionsRequest.SerializeToString,
+                response_deserializer=quantplane_dot_v1_dot_admin__pb2.ListSubscriptionsResponse.FromString,
+                _registered_method=True)
         self.GetStorageReport = channel.unary_unary(
                 '/quantplane.v1.AdminService/GetStorageReport',
                 request_serializer=quantplane_dot_v1_dot_admin__pb2.GetStorageReportRequest.SerializeToString,
@@ -48,11 +58,28 @@ class AdminServiceStub(object):
 
 
 class AdminServiceServicer(object):
-    """What a server is and how its storage is doing.
+    """What a server is, how it is doing, and how its storage is.
     """
 
     def GetServerInfo(self, request, context):
         """Returns which server, database and bus answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetServerStatus(self, request, context):
+        """Returns how the server process that answers is doing: what it stands on, what
+        it holds and has sent. Of several that share an address, that is any of them;
+        the calls of one connection reach the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSubscriptions(self, request, context):
+        """Lists the streams that the server process that answers has open, whatever
+        their method, the oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,6 +101,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=quantplane_dot_v1_dot_admin__pb2.GetServerInfoRequest.FromString,
                     response_serializer=quantplane_dot_v1_dot_admin__pb2.GetServerInfoResponse.SerializeToString,
             ),
+            'GetServerStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerStatus,
+                    request_deserializer=quantplane_dot_v1_dot_admin__pb2.GetServerStatusRequest.FromString,
+                    response_serializer=quantplane_dot_v1_dot_admin__pb2.GetServerStatusResponse.SerializeToString,
+            ),
+            'ListSubscriptions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSubscriptions,
+                    request_deserializer=quantplane_dot_v1_dot_admin__pb2.ListSubscriptionsRequest.FromString,
+                    response_serializer=quantplane_dot_v1_dot_admin__pb2.ListSubscriptionsResponse.SerializeToString,
+            ),
             'GetStorageReport': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStorageReport,
                     request_deserializer=quantplane_dot_v1_dot_admin__pb2.GetStorageReportRequest.FromString,
@@ -88,7 +125,7 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """What a server is and how its storage is doing.
+    """What a server is, how it is doing, and how its storage is.
     """
 
     @staticmethod
@@ -108,6 +145,60 @@ class AdminService(object):
             '/quantplane.v1.AdminService/GetServerInfo',
             quantplane_dot_v1_dot_admin__pb2.GetServerInfoRequest.SerializeToString,
             quantplane_dot_v1_dot_admin__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServerStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quantplane.v1.AdminService/GetServerStatus',
+            quantplane_dot_v1_dot_admin__pb2.GetServerStatusRequest.SerializeToString,
+            quantplane_dot_v1_dot_admin__pb2.GetServerStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSubscriptions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quantplane.v1.AdminService/ListSubscriptions',
+            quantplane_dot_v1_dot_admin__pb2.ListSubscriptionsRequest.SerializeToString,
+            quantplane_dot_v1_dot_admin__pb2.ListSubscriptionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

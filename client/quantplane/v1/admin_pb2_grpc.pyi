@@ -13,18 +13,27 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """What a server is and how its storage is doing."""
+    """What a server is, how it is doing, and how its storage is."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetServerInfoRequest, _admin_pb2.GetServerInfoResponse]
     """Returns which server, database and bus answer."""
+    GetServerStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetServerStatusRequest, _admin_pb2.GetServerStatusResponse]
+    """Returns how the server process that answers is doing: what it stands on, what
+    it holds and has sent. Of several that share an address, that is any of them;
+    the calls of one connection reach the same.
+    """
+    ListSubscriptions: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListSubscriptionsRequest, _admin_pb2.ListSubscriptionsResponse]
+    """Lists the streams that the server process that answers has open, whatever
+    their method, the oldest first.
+    """
     GetStorageReport: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStorageReportRequest, _admin_pb2.GetStorageReportResponse]
     """Returns the size, chunks, compression and retention of each table, and the
     last run of whatever maintains it.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What a server is and how its storage is doing."""
+    """What a server is, how it is doing, and how its storage is."""
 
     @_abc_1.abstractmethod
     def GetServerInfo(
@@ -33,6 +42,27 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_admin_pb2.GetServerInfoRequest, _abc.Awaitable[_admin_pb2.GetServerInfoResponse]],
     ) -> _abc.Awaitable[_admin_pb2.GetServerInfoResponse]:
         """Returns which server, database and bus answer."""
+
+    @_abc_1.abstractmethod
+    def GetServerStatus(
+        self,
+        request: _admin_pb2.GetServerStatusRequest,
+        context: _aio.ServicerContext[_admin_pb2.GetServerStatusRequest, _abc.Awaitable[_admin_pb2.GetServerStatusResponse]],
+    ) -> _abc.Awaitable[_admin_pb2.GetServerStatusResponse]:
+        """Returns how the server process that answers is doing: what it stands on, what
+        it holds and has sent. Of several that share an address, that is any of them;
+        the calls of one connection reach the same.
+        """
+
+    @_abc_1.abstractmethod
+    def ListSubscriptions(
+        self,
+        request: _admin_pb2.ListSubscriptionsRequest,
+        context: _aio.ServicerContext[_admin_pb2.ListSubscriptionsRequest, _abc.Awaitable[_admin_pb2.ListSubscriptionsResponse]],
+    ) -> _abc.Awaitable[_admin_pb2.ListSubscriptionsResponse]:
+        """Lists the streams that the server process that answers has open, whatever
+        their method, the oldest first.
+        """
 
     @_abc_1.abstractmethod
     def GetStorageReport(

@@ -29,7 +29,7 @@ from quantplane.v1 import orders_pb2 as quantplane_dot_v1_dot_orders__pb2
 from quantplane.v1 import stream_pb2 as quantplane_dot_v1_dot_stream__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aquantplane/v1/broker.proto\x12\rquantplane.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fquantplane/v1/annotations.proto\x1a\x1aquantplane/v1/orders.proto\x1a\x1aquantplane/v1/stream.proto\"\x88\x01\n\rBrokerCommand\x12.\n\x04type\x18\x01 \x01(\x0e\x32 .quantplane.v1.BrokerCommandType\x12#\n\x05order\x18\x02 \x01(\x0b\x32\x14.quantplane.v1.Order\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08trace_id\x18\x04 \x01(\t\"\x95\x01\n\x1aWatchBrokerCommandsRequest\x12*\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x1a.quantplane.v1.OrderFilter\x12\x14\n\x0cresume_token\x18\x02 \x01(\x0c\x12\x35\n\x12heartbeat_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8e\x01\n\x1bWatchBrokerCommandsResponse\x12.\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x1c.quantplane.v1.BrokerCommand\x12)\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x1a.quantplane.v1.StreamEvent\x12\x14\n\x0cresume_token\x18\x03 \x01(\x0c\"\xe9\x01\n\x0bOrderReport\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12+\n\x04type\x18\x02 \x01(\x0e\x32\x1d.quantplane.v1.OrderEventType\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0f\x62roker_order_id\x18\x04 \x01(\t\x12\x0c\n\x04\x63ode\x18\x05 \x01(\t\x12\x0c\n\x04text\x18\x06 \x01(\t\x12#\n\x05terms\x18\x07 \x01(\x0b\x32\x14.quantplane.v1.Terms\x12\x17\n\x0f\x63ommand_version\x18\x08 \x01(\x03\"G\n\x18ReportOrderEventsRequest\x12+\n\x07reports\x18\x01 \x03(\x0b\x32\x1a.quantplane.v1.OrderReport\"H\n\x19ReportOrderEventsResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.quantplane.v1.OrderResult\"\xbe\x02\n\x0f\x45xecutionReport\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12+\n\x04type\x18\x02 \x01(\x0e\x32\x1d.quantplane.v1.OrderEventType\x12\x16\n\x0e\x62roker_exec_id\x18\x03 \x01(\t\x12\x1a\n\x12ref_broker_exec_id\x18\x04 \x01(\t\x12\x0e\n\x06symbol\x18\x05 \x01(\t\x12!\n\x04side\x18\x06 \x01(\x0e\x32\x13.quantplane.v1.Side\x12\x10\n\x08quantity\x18\x07 \x01(\x01\x12\r\n\x05price\x18\x08 \x01(\x01\x12\x12\n\ncommission\x18\t \x01(\x01\x12\r\n\x05venue\x18\n \x01(\t\x12(\n\x04time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0fleaves_quantity\x18\x0c \x01(\x01\"J\n\x17ReportExecutionsRequest\x12/\n\x07reports\x18\x01 \x03(\x0b\x32\x1e.quantplane.v1.ExecutionReport\"G\n\x18ReportExecutionsResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.quantplane.v1.OrderResult*\xd7\x01\n\x11\x42rokerCommandType\x12#\n\x1f\x42ROKER_COMMAND_TYPE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x42ROKER_COMMAND_TYPE_NEW\x10\x01\x12\x1e\n\x1a\x42ROKER_COMMAND_TYPE_CANCEL\x10\x02\x12\x1f\n\x1b\x42ROKER_COMMAND_TYPE_REPLACE\x10\x03\x12\x1e\n\x1a\x42ROKER_COMMAND_TYPE_EXPIRE\x10\x04\x12\x1f\n\x1b\x42ROKER_COMMAND_TYPE_WORKING\x10\x05\x32\xa6\x03\n\rBrokerService\x12\x89\x01\n\x13WatchBrokerCommands\x12).quantplane.v1.WatchBrokerCommandsRequest\x1a*.quantplane.v1.WatchBrokerCommandsResponse\"\x19\x90\x02\x01\x8a\xce\x18\x0e\n\x06\x62roker\x12\x04read\xa8\xce\x18\x04\x30\x01\x12\x84\x01\n\x11ReportOrderEvents\x12\'.quantplane.v1.ReportOrderEventsRequest\x1a(.quantplane.v1.ReportOrderEventsResponse\"\x1c\x90\x02\x02\x8a\xce\x18\x11\n\x06\x62roker\x12\x07publish\xa8\xce\x18\x04\x12\x81\x01\n\x10ReportExecutions\x12&.quantplane.v1.ReportExecutionsRequest\x1a\'.quantplane.v1.ReportExecutionsResponse\"\x1c\x90\x02\x02\x8a\xce\x18\x11\n\x06\x62roker\x12\x07publish\xa8\xce\x18\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aquantplane/v1/broker.proto\x12\rquantplane.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fquantplane/v1/annotations.proto\x1a\x1aquantplane/v1/orders.proto\x1a\x1aquantplane/v1/stream.proto\"\x99\x01\n\rBrokerCommand\x12.\n\x04type\x18\x01 \x01(\x0e\x32 .quantplane.v1.BrokerCommandType\x12#\n\x05order\x18\x02 \x01(\x0b\x32\x14.quantplane.v1.Order\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x10\n\x08trace_id\x18\x04 \x01(\t\x12\x0f\n\x07span_id\x18\x05 \x01(\t\"\x95\x01\n\x1aWatchBrokerCommandsRequest\x12*\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x1a.quantplane.v1.OrderFilter\x12\x14\n\x0cresume_token\x18\x02 \x01(\x0c\x12\x35\n\x12heartbeat_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8e\x01\n\x1bWatchBrokerCommandsResponse\x12.\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x1c.quantplane.v1.BrokerCommand\x12)\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x1a.quantplane.v1.StreamEvent\x12\x14\n\x0cresume_token\x18\x03 \x01(\x0c\"\xe9\x01\n\x0bOrderReport\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12+\n\x04type\x18\x02 \x01(\x0e\x32\x1d.quantplane.v1.OrderEventType\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0f\x62roker_order_id\x18\x04 \x01(\t\x12\x0c\n\x04\x63ode\x18\x05 \x01(\t\x12\x0c\n\x04text\x18\x06 \x01(\t\x12#\n\x05terms\x18\x07 \x01(\x0b\x32\x14.quantplane.v1.Terms\x12\x17\n\x0f\x63ommand_version\x18\x08 \x01(\x03\"G\n\x18ReportOrderEventsRequest\x12+\n\x07reports\x18\x01 \x03(\x0b\x32\x1a.quantplane.v1.OrderReport\"H\n\x19ReportOrderEventsResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.quantplane.v1.OrderResult\"\xbe\x02\n\x0f\x45xecutionReport\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12+\n\x04type\x18\x02 \x01(\x0e\x32\x1d.quantplane.v1.OrderEventType\x12\x16\n\x0e\x62roker_exec_id\x18\x03 \x01(\t\x12\x1a\n\x12ref_broker_exec_id\x18\x04 \x01(\t\x12\x0e\n\x06symbol\x18\x05 \x01(\t\x12!\n\x04side\x18\x06 \x01(\x0e\x32\x13.quantplane.v1.Side\x12\x10\n\x08quantity\x18\x07 \x01(\x01\x12\r\n\x05price\x18\x08 \x01(\x01\x12\x12\n\ncommission\x18\t \x01(\x01\x12\r\n\x05venue\x18\n \x01(\t\x12(\n\x04time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0fleaves_quantity\x18\x0c \x01(\x01\"J\n\x17ReportExecutionsRequest\x12/\n\x07reports\x18\x01 \x03(\x0b\x32\x1e.quantplane.v1.ExecutionReport\"G\n\x18ReportExecutionsResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.quantplane.v1.OrderResult*\xd7\x01\n\x11\x42rokerCommandType\x12#\n\x1f\x42ROKER_COMMAND_TYPE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x42ROKER_COMMAND_TYPE_NEW\x10\x01\x12\x1e\n\x1a\x42ROKER_COMMAND_TYPE_CANCEL\x10\x02\x12\x1f\n\x1b\x42ROKER_COMMAND_TYPE_REPLACE\x10\x03\x12\x1e\n\x1a\x42ROKER_COMMAND_TYPE_EXPIRE\x10\x04\x12\x1f\n\x1b\x42ROKER_COMMAND_TYPE_WORKING\x10\x05\x32\xa6\x03\n\rBrokerService\x12\x89\x01\n\x13WatchBrokerCommands\x12).quantplane.v1.WatchBrokerCommandsRequest\x1a*.quantplane.v1.WatchBrokerCommandsResponse\"\x19\x90\x02\x01\x8a\xce\x18\x0e\n\x06\x62roker\x12\x04read\xa8\xce\x18\x04\x30\x01\x12\x84\x01\n\x11ReportOrderEvents\x12\'.quantplane.v1.ReportOrderEventsRequest\x1a(.quantplane.v1.ReportOrderEventsResponse\"\x1c\x90\x02\x02\x8a\xce\x18\x11\n\x06\x62roker\x12\x07publish\xa8\xce\x18\x04\x12\x81\x01\n\x10ReportExecutions\x12&.quantplane.v1.ReportExecutionsRequest\x1a\'.quantplane.v1.ReportExecutionsResponse\"\x1c\x90\x02\x02\x8a\xce\x18\x11\n\x06\x62roker\x12\x07publish\xa8\xce\x18\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,26 +42,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BROKERSERVICE'].methods_by_name['ReportOrderEvents']._serialized_options = b'\220\002\002\212\316\030\021\n\006broker\022\007publish\250\316\030\004'
   _globals['_BROKERSERVICE'].methods_by_name['ReportExecutions']._loaded_options = None
   _globals['_BROKERSERVICE'].methods_by_name['ReportExecutions']._serialized_options = b'\220\002\002\212\316\030\021\n\006broker\022\007publish\250\316\030\004'
-  _globals['_BROKERCOMMANDTYPE']._serialized_start=1489
-  _globals['_BROKERCOMMANDTYPE']._serialized_end=1704
+  _globals['_BROKERCOMMANDTYPE']._serialized_start=1506
+  _globals['_BROKERCOMMANDTYPE']._serialized_end=1721
   _globals['_BROKERCOMMAND']._serialized_start=200
-  _globals['_BROKERCOMMAND']._serialized_end=336
-  _globals['_WATCHBROKERCOMMANDSREQUEST']._serialized_start=339
-  _globals['_WATCHBROKERCOMMANDSREQUEST']._serialized_end=488
-  _globals['_WATCHBROKERCOMMANDSRESPONSE']._serialized_start=491
-  _globals['_WATCHBROKERCOMMANDSRESPONSE']._serialized_end=633
-  _globals['_ORDERREPORT']._serialized_start=636
-  _globals['_ORDERREPORT']._serialized_end=869
-  _globals['_REPORTORDEREVENTSREQUEST']._serialized_start=871
-  _globals['_REPORTORDEREVENTSREQUEST']._serialized_end=942
-  _globals['_REPORTORDEREVENTSRESPONSE']._serialized_start=944
-  _globals['_REPORTORDEREVENTSRESPONSE']._serialized_end=1016
-  _globals['_EXECUTIONREPORT']._serialized_start=1019
-  _globals['_EXECUTIONREPORT']._serialized_end=1337
-  _globals['_REPORTEXECUTIONSREQUEST']._serialized_start=1339
-  _globals['_REPORTEXECUTIONSREQUEST']._serialized_end=1413
-  _globals['_REPORTEXECUTIONSRESPONSE']._serialized_start=1415
-  _globals['_REPORTEXECUTIONSRESPONSE']._serialized_end=1486
-  _globals['_BROKERSERVICE']._serialized_start=1707
-  _globals['_BROKERSERVICE']._serialized_end=2129
+  _globals['_BROKERCOMMAND']._serialized_end=353
+  _globals['_WATCHBROKERCOMMANDSREQUEST']._serialized_start=356
+  _globals['_WATCHBROKERCOMMANDSREQUEST']._serialized_end=505
+  _globals['_WATCHBROKERCOMMANDSRESPONSE']._serialized_start=508
+  _globals['_WATCHBROKERCOMMANDSRESPONSE']._serialized_end=650
+  _globals['_ORDERREPORT']._serialized_start=653
+  _globals['_ORDERREPORT']._serialized_end=886
+  _globals['_REPORTORDEREVENTSREQUEST']._serialized_start=888
+  _globals['_REPORTORDEREVENTSREQUEST']._serialized_end=959
+  _globals['_REPORTORDEREVENTSRESPONSE']._serialized_start=961
+  _globals['_REPORTORDEREVENTSRESPONSE']._serialized_end=1033
+  _globals['_EXECUTIONREPORT']._serialized_start=1036
+  _globals['_EXECUTIONREPORT']._serialized_end=1354
+  _globals['_REPORTEXECUTIONSREQUEST']._serialized_start=1356
+  _globals['_REPORTEXECUTIONSREQUEST']._serialized_end=1430
+  _globals['_REPORTEXECUTIONSRESPONSE']._serialized_start=1432
+  _globals['_REPORTEXECUTIONSRESPONSE']._serialized_end=1503
+  _globals['_BROKERSERVICE']._serialized_start=1724
+  _globals['_BROKERSERVICE']._serialized_end=2146
 # @@protoc_insertion_point(module_scope)

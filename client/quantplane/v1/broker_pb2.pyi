@@ -64,11 +64,14 @@ class BrokerCommand(_message.Message):
     ORDER_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
+    SPAN_ID_FIELD_NUMBER: _builtins.int
     type: Global___BrokerCommandType.ValueType
     revision: _builtins.int
     """Of the event that gave the command, in the log of orders; 0 in the snapshot."""
     trace_id: _builtins.str
     """Of the call that gave the command, in hex."""
+    span_id: _builtins.str
+    """Of the server's span of that call, as in OrderEvent; empty in the snapshot."""
     @_builtins.property
     def order(self) -> _orders_pb2.Order:
         """As of the command. Its version names the command in reports."""
@@ -80,10 +83,11 @@ class BrokerCommand(_message.Message):
         order: _orders_pb2.Order | None = ...,
         revision: _builtins.int = ...,
         trace_id: _builtins.str = ...,
+        span_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["order", b"order", "revision", b"revision", "trace_id", b"trace_id", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["order", b"order", "revision", b"revision", "span_id", b"span_id", "trace_id", b"trace_id", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -193,6 +193,8 @@ class PublishQuotesRequest(_message.Message):
     FEED_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
     QUOTES_FIELD_NUMBER: _builtins.int
+    PUBLISH_TIME_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     feed: _builtins.str
     """Names the feed: 1 to 64 printable characters, one live connection per name.
     Required in the first message, which carries nothing else; omitted later.
@@ -202,9 +204,19 @@ class PublishQuotesRequest(_message.Message):
     first response, or above it after the bus lost its state; then each is one
     more than the one before.
     """
+    traceparent: _builtins.str
+    """W3C trace context of the span that the batch is published in. Omitted, not
+    sampled, or not of that form: nothing is linked to it.
+    """
     @_builtins.property
     def quotes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quote]:
         """1 to 2,000 quotes, in order; the order within a symbol is kept."""
+
+    @_builtins.property
+    def publish_time(self) -> _timestamp_pb2.Timestamp:
+        """When the feed handed the batch to its client, by its own clock, however wrong
+        that may be. Omitted: unknown.
+        """
 
     def __init__(
         self,
@@ -212,10 +224,12 @@ class PublishQuotesRequest(_message.Message):
         feed: _builtins.str = ...,
         batch: _builtins.int = ...,
         quotes: _abc.Iterable[Global___Quote] | None = ...,
+        publish_time: _timestamp_pb2.Timestamp | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["publish_time", b"publish_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "feed", b"feed", "quotes", b"quotes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "feed", b"feed", "publish_time", b"publish_time", "quotes", b"quotes", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -344,6 +358,7 @@ class StreamQuotesResponse(_message.Message):
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     CONFLATED_COUNT_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    STAMPS_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.bytes
     """Everything through this message has been delivered: go on from here."""
     conflated_count: _builtins.int
@@ -358,6 +373,10 @@ class StreamQuotesResponse(_message.Message):
     def event(self) -> _stream_pb2.StreamEvent:
         """Or one control event."""
 
+    @_builtins.property
+    def stamps(self) -> Global___Stamps:
+        """Of quotes that come live or from the bus, not of a snapshot or of history."""
+
     def __init__(
         self,
         *,
@@ -366,14 +385,60 @@ class StreamQuotesResponse(_message.Message):
         resume_token: _builtins.bytes = ...,
         conflated_count: _builtins.int = ...,
         sequence: _builtins.int = ...,
+        stamps: Global___Stamps | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "stamps", b"stamps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conflated_count", b"conflated_count", "event", b"event", "quotes", b"quotes", "resume_token", b"resume_token", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conflated_count", b"conflated_count", "event", b"event", "quotes", b"quotes", "resume_token", b"resume_token", "sequence", b"sequence", "stamps", b"stamps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamQuotesResponse: _TypeAlias = StreamQuotesResponse  # noqa: Y015
+
+@_typing.final
+class Stamps(_message.Message):
+    """When the newest quotes of a response passed the stations of their way. Those
+    before them in the same response may have waited longer. Each time is by the
+    clock of whoever passed them on.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUBLISH_TIME_FIELD_NUMBER: _builtins.int
+    ACCEPT_TIME_FIELD_NUMBER: _builtins.int
+    SEND_TIME_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    traceparent: _builtins.str
+    """W3C trace context of the feed's span that published them, or others of this
+    response. Omitted: none of them was sampled.
+    """
+    @_builtins.property
+    def publish_time(self) -> _timestamp_pb2.Timestamp:
+        """The feed handed them to its client. Omitted: the feed did not say."""
+
+    @_builtins.property
+    def accept_time(self) -> _timestamp_pb2.Timestamp:
+        """A server put them on the bus."""
+
+    @_builtins.property
+    def send_time(self) -> _timestamp_pb2.Timestamp:
+        """A server, maybe another one, handed this response to gRPC."""
+
+    def __init__(
+        self,
+        *,
+        publish_time: _timestamp_pb2.Timestamp | None = ...,
+        accept_time: _timestamp_pb2.Timestamp | None = ...,
+        send_time: _timestamp_pb2.Timestamp | None = ...,
+        traceparent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "publish_time", b"publish_time", "send_time", b"send_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "publish_time", b"publish_time", "send_time", b"send_time", "traceparent", b"traceparent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stamps: _TypeAlias = Stamps  # noqa: Y015
 
 @_typing.final
 class SubscribeQuotesRequest(_message.Message):
@@ -438,6 +503,7 @@ class SubscribeQuotesResponse(_message.Message):
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     CONFLATED_COUNT_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    STAMPS_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.bytes
     """Everything through this message has been delivered: go on from here."""
     conflated_count: _builtins.int
@@ -452,6 +518,10 @@ class SubscribeQuotesResponse(_message.Message):
     def event(self) -> _stream_pb2.StreamEvent:
         """Or one control event."""
 
+    @_builtins.property
+    def stamps(self) -> Global___Stamps:
+        """Of quotes that come live or from the bus, not of a snapshot or of history."""
+
     def __init__(
         self,
         *,
@@ -460,10 +530,11 @@ class SubscribeQuotesResponse(_message.Message):
         resume_token: _builtins.bytes = ...,
         conflated_count: _builtins.int = ...,
         sequence: _builtins.int = ...,
+        stamps: Global___Stamps | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "stamps", b"stamps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conflated_count", b"conflated_count", "event", b"event", "quotes", b"quotes", "resume_token", b"resume_token", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conflated_count", b"conflated_count", "event", b"event", "quotes", b"quotes", "resume_token", b"resume_token", "sequence", b"sequence", "stamps", b"stamps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

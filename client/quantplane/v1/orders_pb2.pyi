@@ -627,6 +627,7 @@ class OrderEvent(_message.Message):
     BROKER_TIME_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
+    SPAN_ID_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """Numbered from 1 without gaps, in the order of commits."""
     type: Global___OrderEventType.ValueType
@@ -639,6 +640,10 @@ class OrderEvent(_message.Message):
     """
     trace_id: _builtins.str
     """Of the call that caused it; as in Order."""
+    span_id: _builtins.str
+    """The W3C id, in hex, of the server's span of that call: what comes of the event
+    may be traced as its child. Empty: the call was not sampled.
+    """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """The server's clock."""
@@ -682,10 +687,11 @@ class OrderEvent(_message.Message):
         broker_time: _timestamp_pb2.Timestamp | None = ...,
         actor: _builtins.str = ...,
         trace_id: _builtins.str = ...,
+        span_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["broker_time", b"broker_time", "execution", b"execution", "order", b"order", "previous_terms", b"previous_terms", "reversal", b"reversal", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "broker_time", b"broker_time", "code", b"code", "execution", b"execution", "order", b"order", "previous_terms", b"previous_terms", "reversal", b"reversal", "revision", b"revision", "text", b"text", "time", b"time", "trace_id", b"trace_id", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "broker_time", b"broker_time", "code", b"code", "execution", b"execution", "order", b"order", "previous_terms", b"previous_terms", "reversal", b"reversal", "revision", b"revision", "span_id", b"span_id", "text", b"text", "time", b"time", "trace_id", b"trace_id", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,7 +29,7 @@ from quantplane.v1 import annotations_pb2 as quantplane_dot_v1_dot_annotations__
 from quantplane.v1 import stream_pb2 as quantplane_dot_v1_dot_stream__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bquantplane/v1/signals.proto\x12\rquantplane.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fquantplane/v1/annotations.proto\x1a\x1aquantplane/v1/stream.proto\"\xb2\x03\n\x06Signal\x12\x17\n\tsignal_id\x18\x01 \x01(\tB\x04\x90\xce\x18\x01\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bstrategy_id\x18\x03 \x01(\t\x12\x0e\n\x06symbol\x18\x04 \x01(\t\x12.\n\x0bsignal_type\x18\x05 \x01(\x0e\x32\x19.quantplane.v1.SignalType\x12\x10\n\x08strength\x18\x06 \x01(\x01\x12\x12\n\nconfidence\x18\x07 \x01(\x01\x12\x19\n\x0ctarget_price\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tstop_loss\x18\t \x01(\x01H\x01\x88\x01\x01\x12.\n\nexpiration\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x08metadata\x18\x0b \x01(\x0b\x32\x17.google.protobuf.Struct\x12+\n\x06status\x18\x0c \x01(\x0e\x32\x1b.quantplane.v1.SignalStatus\x12\x10\n\x08trace_id\x18\r \x01(\tB\x0f\n\r_target_priceB\x0c\n\n_stop_loss\"\xbf\x01\n\x0bSignalEvent\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x04type\x18\x03 \x01(\x0e\x32\x1e.quantplane.v1.SignalEventType\x12%\n\x06signal\x18\x04 \x01(\x0b\x32\x15.quantplane.v1.Signal\x12\x10\n\x08trace_id\x18\x05 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x07 \x01(\t\"?\n\x15PublishSignalsRequest\x12&\n\x07signals\x18\x01 \x03(\x0b\x32\x15.quantplane.v1.Signal\"@\n\x16PublishSignalsResponse\x12&\n\x07signals\x18\x01 \x03(\x0b\x32\x15.quantplane.v1.Signal\"%\n\x10GetSignalRequest\x12\x11\n\tsignal_id\x18\x01 \x01(\t\":\n\x11GetSignalResponse\x12%\n\x06signal\x18\x01 \x01(\x0b\x32\x15.quantplane.v1.Signal\"|\n\x0cSignalFilter\x12\x14\n\x0cstrategy_ids\x18\x01 \x03(\t\x12\x0f\n\x07symbols\x18\x02 \x03(\t\x12/\n\x0csignal_types\x18\x03 \x03(\x0e\x32\x19.quantplane.v1.SignalType\x12\x14\n\x0cmin_strength\x18\x04 \x01(\x01\"\xf5\x01\n\x12ListSignalsRequest\x12+\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x1b.quantplane.v1.SignalFilter\x12-\n\x08statuses\x18\x02 \x03(\x0e\x32\x1b.quantplane.v1.SignalStatus\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x05 \x01(\x05\x12\x12\n\npage_token\x18\x06 \x01(\t\"V\n\x13ListSignalsResponse\x12&\n\x07signals\x18\x01 \x03(\x0b\x32\x15.quantplane.v1.Signal\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"(\n\x13\x43\x61ncelSignalRequest\x12\x11\n\tsignal_id\x18\x01 \x01(\t\"=\n\x14\x43\x61ncelSignalResponse\x12%\n\x06signal\x18\x01 \x01(\x0b\x32\x15.quantplane.v1.Signal\"\x8f\x01\n\x13WatchSignalsRequest\x12+\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x1b.quantplane.v1.SignalFilter\x12\x14\n\x0cresume_token\x18\x02 \x01(\x0c\x12\x35\n\x12heartbeat_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xab\x01\n\x14WatchSignalsResponse\x12&\n\x07signals\x18\x01 \x03(\x0b\x32\x15.quantplane.v1.Signal\x12*\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1a.quantplane.v1.SignalEvent\x12)\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x1a.quantplane.v1.StreamEvent\x12\x14\n\x0cresume_token\x18\x04 \x01(\x0c*\x8d\x01\n\nSignalType\x12\x1b\n\x17SIGNAL_TYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10SIGNAL_TYPE_LONG\x10\x01\x12\x15\n\x11SIGNAL_TYPE_SHORT\x10\x02\x12\x19\n\x15SIGNAL_TYPE_EXIT_LONG\x10\x03\x12\x1a\n\x16SIGNAL_TYPE_EXIT_SHORT\x10\x04*\x9b\x01\n\x0cSignalStatus\x12\x1d\n\x19SIGNAL_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14SIGNAL_STATUS_ACTIVE\x10\x01\x12\x1a\n\x16SIGNAL_STATUS_EXECUTED\x10\x02\x12\x19\n\x15SIGNAL_STATUS_EXPIRED\x10\x03\x12\x1b\n\x17SIGNAL_STATUS_CANCELLED\x10\x04*\xb5\x01\n\x0fSignalEventType\x12!\n\x1dSIGNAL_EVENT_TYPE_UNSPECIFIED\x10\x00\x12\x1f\n\x1bSIGNAL_EVENT_TYPE_PUBLISHED\x10\x01\x12\x1e\n\x1aSIGNAL_EVENT_TYPE_EXECUTED\x10\x02\x12\x1d\n\x19SIGNAL_EVENT_TYPE_EXPIRED\x10\x03\x12\x1f\n\x1bSIGNAL_EVENT_TYPE_CANCELLED\x10\x04\x32\xd9\x04\n\rSignalService\x12|\n\x0ePublishSignals\x12$.quantplane.v1.PublishSignalsRequest\x1a%.quantplane.v1.PublishSignalsResponse\"\x1d\x90\x02\x02\x8a\xce\x18\x12\n\x07signals\x12\x07publish\xa8\xce\x18\x02\x12j\n\tGetSignal\x12\x1f.quantplane.v1.GetSignalRequest\x1a .quantplane.v1.GetSignalResponse\"\x1a\x90\x02\x01\x8a\xce\x18\x0f\n\x07signals\x12\x04read\xa8\xce\x18\x03\x12p\n\x0bListSignals\x12!.quantplane.v1.ListSignalsRequest\x1a\".quantplane.v1.ListSignalsResponse\"\x1a\x90\x02\x01\x8a\xce\x18\x0f\n\x07signals\x12\x04read\xa8\xce\x18\x02\x12u\n\x0c\x43\x61ncelSignal\x12\".quantplane.v1.CancelSignalRequest\x1a#.quantplane.v1.CancelSignalResponse\"\x1c\x90\x02\x02\x8a\xce\x18\x11\n\x07signals\x12\x06update\xa8\xce\x18\x03\x12u\n\x0cWatchSignals\x12\".quantplane.v1.WatchSignalsRequest\x1a#.quantplane.v1.WatchSignalsResponse\"\x1a\x90\x02\x01\x8a\xce\x18\x0f\n\x07signals\x12\x04read\xa8\xce\x18\x02\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bquantplane/v1/signals.proto\x12\rquantplane.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fquantplane/v1/annotations.proto\x1a\x1aquantplane/v1/stream.proto\"\xb2\x03\n\x06Signal\x12\x17\n\tsignal_id\x18\x01 \x01(\tB\x04\x90\xce\x18\x01\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bstrategy_id\x18\x03 \x01(\t\x12\x0e\n\x06symbol\x18\x04 \x01(\t\x12.\n\x0bsignal_type\x18\x05 \x01(\x0e\x32\x19.quantplane.v1.SignalType\x12\x10\n\x08strength\x18\x06 \x01(\x01\x12\x12\n\nconfidence\x18\x07 \x01(\x01\x12\x19\n\x0ctarget_price\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tstop_loss\x18\t \x01(\x01H\x01\x88\x01\x01\x12.\n\nexpiration\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x08metadata\x18\x0b \x01(\x0b\x32\x17.google.protobuf.Struct\x12+\n\x06status\x18\x0c \x01(\x0e\x32\x1b.quantplane.v1.SignalStatus\x12\x10\n\x08trace_id\x18\r \x01(\tB\x0f\n\r_target_priceB\x0c\n\n_stop_loss\"\xd0\x01\n\x0bSignalEvent\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x04type\x18\x03 \x01(\x0e\x32\x1e.quantplane.v1.SignalEventType\x12%\n\x06signal\x18\x04 \x01(\x0b\x32\x15.quantplane.v1.Signal\x12\x10\n\x08trace_id\x18\x05 \x01(\t\x12\x0f\n\x07span_id\x18\x06 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x07 \x01(\t\"?\n\x15PublishSignalsRequest\x12&\n\x07signals\x18\x01 \x03(\x0b\x32\x15.quantplane.v1.Signal\"@\n\x16PublishSignalsResponse\x12&\n\x07signals\x18\x01 \x03(\x0b\x32\x15.quantplane.v1.Signal\"%\n\x10GetSignalRequest\x12\x11\n\tsignal_id\x18\x01 \x01(\t\":\n\x11GetSignalResponse\x12%\n\x06signal\x18\x01 \x01(\x0b\x32\x15.quantplane.v1.Signal\"|\n\x0cSignalFilter\x12\x14\n\x0cstrategy_ids\x18\x01 \x03(\t\x12\x0f\n\x07symbols\x18\x02 \x03(\t\x12/\n\x0csignal_types\x18\x03 \x03(\x0e\x32\x19.quantplane.v1.SignalType\x12\x14\n\x0cmin_strength\x18\x04 \x01(\x01\"\xf5\x01\n\x12ListSignalsRequest\x12+\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x1b.quantplane.v1.SignalFilter\x12-\n\x08statuses\x18\x02 \x03(\x0e\x32\x1b.quantplane.v1.SignalStatus\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x05 \x01(\x05\x12\x12\n\npage_token\x18\x06 \x01(\t\"V\n\x13ListSignalsResponse\x12&\n\x07signals\x18\x01 \x03(\x0b\x32\x15.quantplane.v1.Signal\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"(\n\x13\x43\x61ncelSignalRequest\x12\x11\n\tsignal_id\x18\x01 \x01(\t\"=\n\x14\x43\x61ncelSignalResponse\x12%\n\x06signal\x18\x01 \x01(\x0b\x32\x15.quantplane.v1.Signal\"\x8f\x01\n\x13WatchSignalsRequest\x12+\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x1b.quantplane.v1.SignalFilter\x12\x14\n\x0cresume_token\x18\x02 \x01(\x0c\x12\x35\n\x12heartbeat_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xab\x01\n\x14WatchSignalsResponse\x12&\n\x07signals\x18\x01 \x03(\x0b\x32\x15.quantplane.v1.Signal\x12*\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x1a.quantplane.v1.SignalEvent\x12)\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x1a.quantplane.v1.StreamEvent\x12\x14\n\x0cresume_token\x18\x04 \x01(\x0c*\x8d\x01\n\nSignalType\x12\x1b\n\x17SIGNAL_TYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10SIGNAL_TYPE_LONG\x10\x01\x12\x15\n\x11SIGNAL_TYPE_SHORT\x10\x02\x12\x19\n\x15SIGNAL_TYPE_EXIT_LONG\x10\x03\x12\x1a\n\x16SIGNAL_TYPE_EXIT_SHORT\x10\x04*\x9b\x01\n\x0cSignalStatus\x12\x1d\n\x19SIGNAL_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14SIGNAL_STATUS_ACTIVE\x10\x01\x12\x1a\n\x16SIGNAL_STATUS_EXECUTED\x10\x02\x12\x19\n\x15SIGNAL_STATUS_EXPIRED\x10\x03\x12\x1b\n\x17SIGNAL_STATUS_CANCELLED\x10\x04*\xb5\x01\n\x0fSignalEventType\x12!\n\x1dSIGNAL_EVENT_TYPE_UNSPECIFIED\x10\x00\x12\x1f\n\x1bSIGNAL_EVENT_TYPE_PUBLISHED\x10\x01\x12\x1e\n\x1aSIGNAL_EVENT_TYPE_EXECUTED\x10\x02\x12\x1d\n\x19SIGNAL_EVENT_TYPE_EXPIRED\x10\x03\x12\x1f\n\x1bSIGNAL_EVENT_TYPE_CANCELLED\x10\x04\x32\xd9\x04\n\rSignalService\x12|\n\x0ePublishSignals\x12$.quantplane.v1.PublishSignalsRequest\x1a%.quantplane.v1.PublishSignalsResponse\"\x1d\x90\x02\x02\x8a\xce\x18\x12\n\x07signals\x12\x07publish\xa8\xce\x18\x02\x12j\n\tGetSignal\x12\x1f.quantplane.v1.GetSignalRequest\x1a .quantplane.v1.GetSignalResponse\"\x1a\x90\x02\x01\x8a\xce\x18\x0f\n\x07signals\x12\x04read\xa8\xce\x18\x03\x12p\n\x0bListSignals\x12!.quantplane.v1.ListSignalsRequest\x1a\".quantplane.v1.ListSignalsResponse\"\x1a\x90\x02\x01\x8a\xce\x18\x0f\n\x07signals\x12\x04read\xa8\xce\x18\x02\x12u\n\x0c\x43\x61ncelSignal\x12\".quantplane.v1.CancelSignalRequest\x1a#.quantplane.v1.CancelSignalResponse\"\x1c\x90\x02\x02\x8a\xce\x18\x11\n\x07signals\x12\x06update\xa8\xce\x18\x03\x12u\n\x0cWatchSignals\x12\".quantplane.v1.WatchSignalsRequest\x1a#.quantplane.v1.WatchSignalsResponse\"\x1a\x90\x02\x01\x8a\xce\x18\x0f\n\x07signals\x12\x04read\xa8\xce\x18\x02\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,38 +48,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIGNALSERVICE'].methods_by_name['CancelSignal']._serialized_options = b'\220\002\002\212\316\030\021\n\007signals\022\006update\250\316\030\003'
   _globals['_SIGNALSERVICE'].methods_by_name['WatchSignals']._loaded_options = None
   _globals['_SIGNALSERVICE'].methods_by_name['WatchSignals']._serialized_options = b'\220\002\001\212\316\030\017\n\007signals\022\004read\250\316\030\002'
-  _globals['_SIGNALTYPE']._serialized_start=1951
-  _globals['_SIGNALTYPE']._serialized_end=2092
-  _globals['_SIGNALSTATUS']._serialized_start=2095
-  _globals['_SIGNALSTATUS']._serialized_end=2250
-  _globals['_SIGNALEVENTTYPE']._serialized_start=2253
-  _globals['_SIGNALEVENTTYPE']._serialized_end=2434
+  _globals['_SIGNALTYPE']._serialized_start=1968
+  _globals['_SIGNALTYPE']._serialized_end=2109
+  _globals['_SIGNALSTATUS']._serialized_start=2112
+  _globals['_SIGNALSTATUS']._serialized_end=2267
+  _globals['_SIGNALEVENTTYPE']._serialized_start=2270
+  _globals['_SIGNALEVENTTYPE']._serialized_end=2451
   _globals['_SIGNAL']._serialized_start=203
   _globals['_SIGNAL']._serialized_end=637
   _globals['_SIGNALEVENT']._serialized_start=640
-  _globals['_SIGNALEVENT']._serialized_end=831
-  _globals['_PUBLISHSIGNALSREQUEST']._serialized_start=833
-  _globals['_PUBLISHSIGNALSREQUEST']._serialized_end=896
-  _globals['_PUBLISHSIGNALSRESPONSE']._serialized_start=898
-  _globals['_PUBLISHSIGNALSRESPONSE']._serialized_end=962
-  _globals['_GETSIGNALREQUEST']._serialized_start=964
-  _globals['_GETSIGNALREQUEST']._serialized_end=1001
-  _globals['_GETSIGNALRESPONSE']._serialized_start=1003
-  _globals['_GETSIGNALRESPONSE']._serialized_end=1061
-  _globals['_SIGNALFILTER']._serialized_start=1063
-  _globals['_SIGNALFILTER']._serialized_end=1187
-  _globals['_LISTSIGNALSREQUEST']._serialized_start=1190
-  _globals['_LISTSIGNALSREQUEST']._serialized_end=1435
-  _globals['_LISTSIGNALSRESPONSE']._serialized_start=1437
-  _globals['_LISTSIGNALSRESPONSE']._serialized_end=1523
-  _globals['_CANCELSIGNALREQUEST']._serialized_start=1525
-  _globals['_CANCELSIGNALREQUEST']._serialized_end=1565
-  _globals['_CANCELSIGNALRESPONSE']._serialized_start=1567
-  _globals['_CANCELSIGNALRESPONSE']._serialized_end=1628
-  _globals['_WATCHSIGNALSREQUEST']._serialized_start=1631
-  _globals['_WATCHSIGNALSREQUEST']._serialized_end=1774
-  _globals['_WATCHSIGNALSRESPONSE']._serialized_start=1777
-  _globals['_WATCHSIGNALSRESPONSE']._serialized_end=1948
-  _globals['_SIGNALSERVICE']._serialized_start=2437
-  _globals['_SIGNALSERVICE']._serialized_end=3038
+  _globals['_SIGNALEVENT']._serialized_end=848
+  _globals['_PUBLISHSIGNALSREQUEST']._serialized_start=850
+  _globals['_PUBLISHSIGNALSREQUEST']._serialized_end=913
+  _globals['_PUBLISHSIGNALSRESPONSE']._serialized_start=915
+  _globals['_PUBLISHSIGNALSRESPONSE']._serialized_end=979
+  _globals['_GETSIGNALREQUEST']._serialized_start=981
+  _globals['_GETSIGNALREQUEST']._serialized_end=1018
+  _globals['_GETSIGNALRESPONSE']._serialized_start=1020
+  _globals['_GETSIGNALRESPONSE']._serialized_end=1078
+  _globals['_SIGNALFILTER']._serialized_start=1080
+  _globals['_SIGNALFILTER']._serialized_end=1204
+  _globals['_LISTSIGNALSREQUEST']._serialized_start=1207
+  _globals['_LISTSIGNALSREQUEST']._serialized_end=1452
+  _globals['_LISTSIGNALSRESPONSE']._serialized_start=1454
+  _globals['_LISTSIGNALSRESPONSE']._serialized_end=1540
+  _globals['_CANCELSIGNALREQUEST']._serialized_start=1542
+  _globals['_CANCELSIGNALREQUEST']._serialized_end=1582
+  _globals['_CANCELSIGNALRESPONSE']._serialized_start=1584
+  _globals['_CANCELSIGNALRESPONSE']._serialized_end=1645
+  _globals['_WATCHSIGNALSREQUEST']._serialized_start=1648
+  _globals['_WATCHSIGNALSREQUEST']._serialized_end=1791
+  _globals['_WATCHSIGNALSRESPONSE']._serialized_start=1794
+  _globals['_WATCHSIGNALSRESPONSE']._serialized_end=1965
+  _globals['_SIGNALSERVICE']._serialized_start=2454
+  _globals['_SIGNALSERVICE']._serialized_end=3055
 # @@protoc_insertion_point(module_scope)

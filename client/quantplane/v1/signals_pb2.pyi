@@ -190,12 +190,17 @@ class SignalEvent(_message.Message):
     TYPE_FIELD_NUMBER: _builtins.int
     SIGNAL_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
+    SPAN_ID_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """Numbered from 1 without gaps, in the order of commits."""
     type: Global___SignalEventType.ValueType
     trace_id: _builtins.str
     """Of the call that caused the event; as in Signal."""
+    span_id: _builtins.str
+    """The W3C id, in hex, of the server's span of that call: what comes of the event
+    may be traced as its child. Empty: the call was not sampled.
+    """
     actor: _builtins.str
     """Who caused it; as in OrderEvent."""
     @_builtins.property
@@ -214,11 +219,12 @@ class SignalEvent(_message.Message):
         type: Global___SignalEventType.ValueType = ...,
         signal: Global___Signal | None = ...,
         trace_id: _builtins.str = ...,
+        span_id: _builtins.str = ...,
         actor: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["signal", b"signal", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "revision", b"revision", "signal", b"signal", "time", b"time", "trace_id", b"trace_id", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "revision", b"revision", "signal", b"signal", "span_id", b"span_id", "time", b"time", "trace_id", b"trace_id", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

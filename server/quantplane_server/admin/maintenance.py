@@ -21,6 +21,7 @@ from quantplane_server import db as databases
 from quantplane_server.admin import queries
 from quantplane_server.admin.queries import AGING, KEYS, LOG, Keys
 from quantplane_server.db import Connection, Database, Edition
+from quantplane_server.tasks import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +52,19 @@ class Maintenance:
         self._db = db
         self._tasks = tasks
         self._interval_s = interval_s
+        self._outage = Outage(logger, "maintenance", databases.UNAVAILABLE)
 
     async def run(self) -> None:
         """Run until cancelled."""
         while True:
-            try:
+            with self._outage:
                 async with self._db.session() as session:
                     while True:
                         if await queries.claim_maintenance(session):
                             for task in self._tasks:
                                 await self._run(session, task)
+                        self._outage.over()
                         await asyncio.sleep(self._interval_s)
-            except databases.UNAVAILABLE as error:
-                logger.warning("maintenance paused, trying again: %r", error)
-            except Exception:
-                logger.exception("maintenance failed, trying again")
             await asyncio.sleep(self._interval_s)
 
     async def _run(self, session: Connection, task: Task) -> None:

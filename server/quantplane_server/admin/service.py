@@ -1,4 +1,4 @@
-"""AdminService: what a server is and how its storage is doing."""
+"""AdminService: what a server is, how it is doing, and how its storage is."""
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,9 +12,14 @@ from quantplane_server import bus as buses
 from quantplane_server.admin import queries
 from quantplane_server.admin.maintenance import Task, readable
 from quantplane_server.admin.queries import Run, span, stamp
+from quantplane_server.admin.status import Process, server_id
 from quantplane_server.bus import Bus
+from quantplane_server.checks import Checks
 from quantplane_server.db import Connection, Database, Edition
 from quantplane_server.rpc.interceptor import Context
+from quantplane_server.tokens import Tokens, list_purpose
+
+MAX_PAGE = 1_000  # subscriptions, each of which takes some microseconds to tell
 
 EDITIONS = {
     Edition.PLAIN: pb.EDITION_PLAIN,
@@ -24,7 +29,7 @@ EDITIONS = {
 
 
 class AdminService(rpc.AdminServiceServicer):
-    """Reads the catalogs of the database, and the notes of the maintenance."""
+    """Tells of its process, of the database's catalogs, and of the maintenance."""
 
     def __init__(
         self,
@@ -33,12 +38,16 @@ class AdminService(rpc.AdminServiceServicer):
         bus: Bus,
         tasks: Sequence[Task],
         pending_days: Callable[[Connection], Awaitable[int]],
+        process: Process,
+        tokens: Tokens,
     ) -> None:
         self._db = db
         self._reference = reference
         self._bus = bus
         self._tasks = sorted(tasks, key=lambda task: task.name)
         self._pending_days = pending_days
+        self._process = process
+        self._tokens = tokens
         self._start_time = datetime.now(UTC)
 
     async def GetServerInfo(
@@ -64,6 +73,30 @@ class AdminService(rpc.AdminServiceServicer):
             server_time=stamp(datetime.now(UTC)),
             database_clock_offset=span(timedelta(seconds=offset_s)),
         )
+
+    async def GetServerStatus(
+        self, request: pb.GetServerStatusRequest, context: Context
+    ) -> pb.GetServerStatusResponse:
+        return await self._process.status(self._start_time)
+
+    async def ListSubscriptions(
+        self, request: pb.ListSubscriptionsRequest, context: Context
+    ) -> pb.ListSubscriptionsResponse:
+        with Checks() as check:
+            check.page_size(request, MAX_PAGE)
+        query, behind = list_purpose(request), 0
+        if request.page_token:
+            payload = self._tokens.open_page(query, request.page_token)
+            behind = int.from_bytes(payload, "big")
+        limit = request.page_size or MAX_PAGE
+        found = self._process.subscriptions(behind, limit + 1)
+        response = pb.ListSubscriptionsResponse(
+            subscriptions=found[:limit], server_id=server_id()
+        )
+        if len(found) > limit:
+            last = found[limit - 1].id.to_bytes(8, "big")
+            response.next_page_token = self._tokens.page_token(query, last)
+        return response
 
     async def GetStorageReport(
         self, request: pb.GetStorageReportRequest, context: Context

@@ -64,7 +64,7 @@ def _event(event: Any, type: str, id: str, resource: Message) -> Event:
     action = _name(event.DESCRIPTOR.fields_by_name["type"].enum_type, event.type)
     new = _kept(event) | _kept(resource)
     time = to_datetime(time_us(event.time))
-    origin = Origin(event.trace_id, event.actor)
+    origin = Origin(event.trace_id, actor=event.actor)
     return Event(time, origin, Entry(action, type, id, new=new))
 
 

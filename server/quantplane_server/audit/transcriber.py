@@ -27,6 +27,7 @@ from quantplane_server.log import (
 )
 from quantplane_server.principal import parsed
 from quantplane_server.rpc.caller import Caller
+from quantplane_server.tasks import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +44,15 @@ class Transcriber:
         self._reference = reference
         self._usernames = usernames
         self._log = log
-        self._failure: type[Exception] | None = None  # that was told
+        work = f"entering the log of {log} in the audit log"
+        self._outage = Outage(logger, work, databases.UNAVAILABLE)
 
     async def run(self) -> None:
         """Run until cancelled."""
         while True:
-            try:
+            with self._outage:
                 while await self._enter_page():
                     pass
-                self._failure = None
-            except Exception as error:
-                self._tell(error)
             await asyncio.sleep(POLL_S)
 
     async def _enter_page(self) -> bool:
@@ -101,17 +100,6 @@ class Transcriber:
             await queries.record(conn, Caller(), [entry])
         logger.warning("a gap in the audit log, in the log of %s: %s", self._log, told)
         return True
-
-    def _tell(self, error: Exception) -> None:
-        """Log a failure, once until it is over."""
-        if type(error) is not self._failure:
-            known = isinstance(error, databases.UNAVAILABLE)
-            logger.warning(
-                "the audit log does not get the log of %s now, trying again: %r",
-                *(self._log, error),
-                exc_info=None if known else error,
-            )
-        self._failure = type(error)
 
 
 async def _start(conn: Connection, log: str, gap: Compacted) -> Position:

@@ -22,6 +22,7 @@ from quantplane_server.identity import access, queries
 from quantplane_server.identity.keys import PREFIX, hash_of
 from quantplane_server.identity.queries import Key, Picture
 from quantplane_server.principal import Principal
+from quantplane_server.tasks import Outage
 from quantplane_server.watch import Part, State, Watched, Watches
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class Directory:
         self._verified: dict[str, access.Claims] = {}
         self._next_expiry_s = math.inf
         self._used: set[str] = set()
+        work = "noting which keys were used"
+        self._outage = Outage(logger, work, databases.UNAVAILABLE)
 
     # --- Following ---
 
@@ -127,11 +130,9 @@ class Directory:
         used, self._used = self._used, set()
         if not used:
             return
-        try:
+        with self._outage:
             async with self._db.connection() as conn:
                 await queries.used(conn, sorted(used))
-        except databases.UNAVAILABLE as error:
-            logger.warning("which keys were used is not noted: %r", error)
 
     # --- Asking ---
 

@@ -21,6 +21,7 @@ from quantplane_server.identity import queries
 from quantplane_server.identity.passwords import Passwords
 from quantplane_server.identity.queries import Account
 from quantplane_server.rpc.caller import Caller
+from quantplane_server.telemetry.metrics import LOGINS_FAILED
 
 MOST = timedelta(minutes=15)  # that a failure locks
 
@@ -69,6 +70,7 @@ class Logins:
         if account and is_good and account.is_active:
             await self._take_back(limits, forgiven=True)
             return account
+        LOGINS_FAILED.add(1, action)
         await self._enter(action, username if account else "", limits, caller)
         raise Unauthenticated
 

@@ -13,6 +13,7 @@ from quantplane_server.audit.queries import Entry, record
 from quantplane_server.db import Database
 from quantplane_server.errors import QuantplaneError, Unauthenticated
 from quantplane_server.rpc.caller import Caller
+from quantplane_server.tasks import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ class Refusals:
         self._db = reference
         self._noted: dict[Kind, Refused] = {}
         self._left_out = 0
+        work = "entering refused calls in the audit log"
+        self._outage = Outage(logger, work, databases.UNAVAILABLE)
 
     def note(self, caller: Caller, method: str, refusal: QuantplaneError) -> None:
         """Note a call, to be entered later."""
@@ -61,13 +64,17 @@ class Refusals:
         """Enter them now and then, until cancelled."""
         while True:
             await asyncio.sleep(ENTER_S)
-            try:
-                await self.enter()
-            except databases.UNAVAILABLE as error:
-                logger.warning("refused calls are entered later: %r", error)
-            except Exception:
-                logger.exception("refused calls can't be entered")
-                self._noted.clear()
+            with self._outage:
+                await self._try_to_enter()
+
+    async def _try_to_enter(self) -> None:
+        try:
+            await self.enter()
+        except databases.UNAVAILABLE:
+            raise
+        except Exception:
+            self._noted.clear()  # what can't be entered would keep out what can
+            raise
 
     async def enter(self) -> None:
         """Enter what was noted; what can't be stays noted."""
@@ -88,6 +95,6 @@ class Refusals:
 
 
 def _entry(kind: Kind, refused: Refused) -> Entry:
-    reason = pb.ErrorReason.Name(kind.reason).removeprefix("ERROR_REASON_")
+    reason = refused.refusal.reason_name
     told = {"reason": reason, "calls": refused.calls, **refused.refusal.metadata}
     return Entry("refuse", "method", kind.method, new=told)

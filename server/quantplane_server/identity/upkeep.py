@@ -13,6 +13,7 @@ from quantplane_server import db as databases
 from quantplane_server.db import Connection, Database
 from quantplane_server.identity import access, queries
 from quantplane_server.identity.sessions import Changed
+from quantplane_server.tasks import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +27,15 @@ class Upkeep:
     def __init__(self, db: Database, changed: Changed) -> None:
         self._db = db
         self._changed = changed
+        work = "keeping up sessions and signing keys"
+        self._outage = Outage(logger, work, databases.UNAVAILABLE)
 
     async def run(self) -> None:
         """Run until cancelled."""
         while True:
-            try:
+            with self._outage:  # without any run that works, nobody logs in
                 if await upkeep(self._db, datetime.now(UTC)):
                     await self._changed()
-            except databases.UNAVAILABLE as error:
-                logger.warning("sessions and signing keys are not kept up: %r", error)
-            except Exception:  # the next run may do better; without any, nobody logs in
-                logger.exception("sessions and signing keys are not kept up")
             await asyncio.sleep(EVERY_S)
 
 

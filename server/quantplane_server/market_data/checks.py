@@ -23,6 +23,7 @@ MAX_BATCH = 2_000
 MAX_SYMBOLS = 10_000
 MAX_STREAM_BARS_SYMBOLS = 1_000
 WEEK_S = 7 * 86_400
+FIRST_S, LAST_S = -62_135_596_800, 253_402_300_799  # of any Timestamp
 
 
 def check_feed(request: pb.PublishQuotesRequest) -> None:
@@ -47,6 +48,15 @@ def check_quotes(quotes: Sequence[pb.Quote], batch: int) -> None:
         )
         for i, quote in enumerate(quotes[: MAX_BATCH + 1]):
             _check_quote(check, quote, f"quotes[{i}]")
+
+
+def check_publish_time(request: pb.PublishQuotesRequest) -> None:
+    """Check that it is a time at all: the rule for times is not for wrong clocks."""
+    told = request.publish_time
+    known = 0 <= told.nanos < 1_000_000_000 and FIRST_S <= told.seconds <= LAST_S
+    if not known:
+        with Checks(batch=request.batch) as check:
+            check(known, "publish_time", "must be a valid time")
 
 
 def _is_plain(quote: pb.Quote, latest: float) -> bool:

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from quantplane import v1 as pb
 from quantplane_server import bus as buses
 from quantplane_server.bus import Bus, FeedLease, Position, Round, shard_of
@@ -22,9 +24,16 @@ from quantplane_server.errors import (
     QuantplaneError,
 )
 from quantplane_server.fanout import framed
-from quantplane_server.market_data.checks import check_feed, check_quotes
+from quantplane_server.market_data.checks import (
+    check_feed,
+    check_publish_time,
+    check_quotes,
+)
 from quantplane_server.market_data.durability import Durability
+from quantplane_server.stamps import sampled
 from quantplane_server.tasks import end
+from quantplane_server.telemetry import tracing
+from quantplane_server.telemetry.metrics import FEED_HOLDS, FEEDS_HELD, QUOTES_ACCEPTED
 
 ROUND_QUOTES = 3_500  # bounds an entry: Valkey's functions take some 8,000 values
 RETRY_S = 0.1
@@ -38,11 +47,14 @@ class Feed:
     def __init__(self, bus: Bus, durability: Durability) -> None:
         self._bus = bus
         self._durability = durability
+        self._name = ""
         self._lease: FeedLease
         self._accepted = 0
         self._durable = 0
         self._hold = pb.HOLD_REASON_UNSPECIFIED
         self._undurable: deque[tuple[int, dict[int, Position]]] = deque()
+        self._publish_time: Timestamp | None
+        self._traceparent: str
         self._clear_round()
         self._reading: asyncio.Task[None] | None = None
         self._ended = False  # no further request will come
@@ -55,6 +67,7 @@ class Feed:
         """Yield the progress whenever it has changed, until all is accepted."""
         opening = await anext(aiter(requests), pb.PublishQuotesRequest())
         check_feed(opening)
+        self._name = opening.feed
         self._lease = await self._bus.open_feed(opening.feed)
         self._accepted = self._lease.accepted_through
         self._undurable.append((self._accepted, self._lease.heads))
@@ -68,6 +81,7 @@ class Feed:
                 yield response
         finally:
             self._durability.changed.discard(self._changed)
+            self._tell_hold(pb.HOLD_REASON_UNSPECIFIED)
             await end(self._reading, appending)
 
     def drain(self) -> None:
@@ -75,6 +89,13 @@ class Feed:
         self._error = Draining()
         if self._reading:
             self._reading.cancel()
+
+    def report(self, told: pb.Subscription) -> None:
+        """Fill in whose feed it is, and whether it is held back."""
+        told.feed = self._name
+        told.hold = self._hold
+        if self._hold:
+            told.state = pb.SUBSCRIPTION_STATE_HELD
 
     async def _report(
         self, append: asyncio.Task[None]
@@ -119,6 +140,7 @@ class Feed:
                         expected=(previous or self._accepted) + 1,
                     )
                 check_quotes(request.quotes, request.batch)
+                check_publish_time(request)
                 self._collect(request)
                 previous = request.batch
         except QuantplaneError as error:
@@ -139,24 +161,43 @@ class Feed:
             records = parts.setdefault(shard, {}).setdefault(key, [])
             records.append(framed(quote.SerializeToString()))
         self._last = batch
+        self._publish_time = (
+            request.publish_time if request.HasField("publish_time") else None
+        )
+        self._traceparent = sampled(request.traceparent) or self._traceparent
         self._quotes += len(request.quotes)
         self._filled.set()
+
+    def _take_round(self) -> Round:
+        taken = Round(
+            self._last,
+            self._firsts,
+            self._parts,
+            self._publish_time,
+            self._traceparent,
+        )
+        self._clear_round()
+        return taken
 
     def _clear_round(self) -> None:
         self._last = 0
         self._quotes = 0
         self._firsts: dict[int, int] = {}
         self._parts: dict[int, dict[bytes, list[bytes]]] = {}
+        self._publish_time = None
+        self._traceparent = ""
 
     async def _append(self) -> None:
         while self._last or not self._ended:
             await self._filled.wait()
             self._filled.clear()
             if self._last:
-                batches = Round(self._last, self._firsts, self._parts)
-                self._clear_round()
+                batches = self._take_round()
                 self._room.set()
-                positions = await self._append_round(batches)
+                origin = tracing.origin_of(batches.traceparent)
+                with tracing.together("append quotes", [origin]):
+                    positions = await self._append_round(batches)
+                QUOTES_ACCEPTED.add(batches.quote_count)
                 self._accepted = max(self._accepted, batches.last)
                 self._undurable.append((batches.last, positions))
                 self._changed.set()
@@ -185,9 +226,15 @@ class Feed:
             await self._bus.note_accepted(self._lease, shard, self._accepted)
 
     def _tell_hold(self, hold: "pb.HoldReason.ValueType") -> None:
-        if hold != self._hold:
-            self._hold = hold
-            self._changed.set()
+        if hold == self._hold:
+            return
+        if self._hold:
+            FEEDS_HELD.add(-1, _name(self._hold))
+        if hold:
+            FEEDS_HELD.add(1, _name(hold))
+            FEED_HOLDS.add(1, _name(hold))
+        self._hold = hold
+        self._changed.set()
 
     def _note_durable(self) -> None:
         while self._undurable and self._durability.covers(self._undurable[0][1]):
@@ -200,3 +247,7 @@ class Feed:
             next_batch=next_batch,
             hold=self._hold,
         )
+
+
+def _name(hold: "pb.HoldReason.ValueType") -> str:
+    return pb.HoldReason.Name(hold).removeprefix("HOLD_REASON_")

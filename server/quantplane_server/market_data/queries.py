@@ -125,6 +125,7 @@ YIELD_ROWS = 256
 
 class Encoded(NamedTuple):
     rows: bytes
+    row_count: int
     days: set[SymbolDay]  # of the rows
 
 
@@ -142,7 +143,8 @@ async def encode_quotes(quotes: Iterable[pb.Quote]) -> Encoded:
         if number % YIELD_ROWS == 0:
             await asyncio.sleep(0)
     days = {(symbol, stamp // DAY_US) for symbol, stamp in rows}
-    return Encoded(b"".join([_COPY_BEGIN, *rows.values(), _COPY_FINISH]), days)
+    copied = b"".join([_COPY_BEGIN, *rows.values(), _COPY_FINISH])
+    return Encoded(copied, len(rows), days)
 
 
 def _encode(quote: pb.Quote, symbol: bytes, stamp: int) -> bytes:

@@ -24,13 +24,13 @@ from quantplane_server.bus import SHARDS, START, Bus, Entry, Mark, Position
 from quantplane_server.db import Connection, Database
 from quantplane_server.market_data import queries
 from quantplane_server.market_data.queries import Encoded, Move, SymbolDay
-from quantplane_server.tasks import end
+from quantplane_server.tasks import Outage, end
+from quantplane_server.telemetry.metrics import ROWS_RECORDED
 
 logger = logging.getLogger(__name__)
 
 Store = Callable[[Connection, bytes], Awaitable[None]]
 
-UNAVAILABLE = buses.UNAVAILABLE + databases.UNAVAILABLE
 COMMIT_BYTES = 1 << 19  # collected at most before they are committed
 UPSERTS = 64  # commits that don't try COPY, after one that met existing rows
 RETRY_S = 0.5
@@ -41,6 +41,13 @@ KNOWN_DAYS = 100_000  # marked days remembered at most
 
 class _TakenOver(Exception):
     """Another server records this shard now."""
+
+
+KNOWN: tuple[type[Exception], ...] = (
+    _TakenOver,
+    *buses.UNAVAILABLE,
+    *databases.UNAVAILABLE,
+)
 
 
 class _Shard:
@@ -82,20 +89,23 @@ class Recorder:
         self._marked: set[SymbolDay] = set()
         self._filled = asyncio.Event()
         self._room = asyncio.Event()
+        self._committed = asyncio.Event()
+        self._outage = Outage(logger, "recording", KNOWN)
 
     async def run(self) -> None:
         """Record until cancelled; what is on the bus then waits for the next one."""
         while True:
-            try:
+            with self._outage:
                 async with self._db.session() as conn:
                     await self._record(conn)
-            except UNAVAILABLE as error:
-                logger.warning("recording paused, trying again: %r", error)
-            except _TakenOver:
-                logger.warning("recording paused: another server has taken over")
-            except Exception:
-                logger.exception("recording failed, trying again")
             await asyncio.sleep(RETRY_S)
+
+    async def flush(self) -> None:
+        """Return once all is recorded that was on the bus, of the shards it records."""
+        heads = await self._bus.heads(self._shards)
+        while any(s.position < heads[n] for n, s in self._shards.items() if n in heads):
+            self._committed.clear()
+            await self._committed.wait()
 
     async def _record(self, conn: Connection) -> None:
         """Record with one connection, whose advisory locks are the claim."""
@@ -157,6 +167,8 @@ class Recorder:
                 position = heads[shard]
             self._shards[shard] = _Shard(shard, position)
             await self._announce(shard, position)
+        if all(self._shards[shard].position == heads[shard] for shard in free):
+            self._outage.over()
 
     async def _announce(self, shard: int, position: Position) -> None:
         """Tell the position again, in case the last recorder died before it could."""
@@ -205,12 +217,15 @@ class Recorder:
             self._upserts = UPSERTS
             await self._store(conn, batch, queries.upsert_quotes)
         self._upserts = max(0, self._upserts - 1)
+        ROWS_RECORDED.add(batch.quotes.row_count)
         marks = []
         for shard, _, last in batch.reach:
             shard.position, appended = last.position, last.appended
             trim = shard.trim_before(appended, self._window_bytes)
             marks.append(Mark(shard.number, shard.position, appended, trim))
+        self._committed.set()
         await self._bus.mark_recorded(marks)
+        self._outage.over()
 
     async def _store(self, conn: Connection, batch: _Batch, store: Store) -> None:
         moves = [
@@ -219,7 +234,7 @@ class Recorder:
         async with conn.transaction():
             await store(conn, batch.quotes.rows)
             if not await queries.move_bus_positions(conn, moves):
-                raise _TakenOver
+                raise _TakenOver("another server has taken over")
             if days := self._unmarked(batch.quotes.days):
                 await queries.mark_days(conn, days)
         if len(self._marked) + len(days) > KNOWN_DAYS:

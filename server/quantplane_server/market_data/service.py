@@ -41,6 +41,7 @@ from quantplane_server.tokens import Tokens, list_purpose, purpose
 
 PAGE = 1_000  # where a request names no page_size
 CHUNK_ROWS = 16_384  # of StreamBars
+LEAVE_S = 1.0
 _START = struct.Struct("!q")  # of the next page, in us
 _PLACE = struct.Struct("!Iq")  # index of the symbol, start of its next chunk in us
 
@@ -82,6 +83,9 @@ class MarketDataService(rpc.MarketDataServiceServicer):
             try:
                 async for message in subscription.messages():
                     yield message
+                # To write to a call that has ended costs a client in Python what it has
+                # not read yet: here the Goodbye. So it may leave first.
+                await asyncio.wait([reading], timeout=LEAVE_S)
             finally:
                 await end(reading)
 

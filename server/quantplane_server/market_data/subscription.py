@@ -13,7 +13,9 @@ double anything at, and a reader that overflows simply goes back one step.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
+from datetime import timedelta
 from hashlib import blake2b
+from time import time
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -35,13 +37,17 @@ from quantplane_server.fanout import (
 from quantplane_server.market_data import queries
 from quantplane_server.market_data.checks import check_change
 from quantplane_server.market_data.place import Key, Place
+from quantplane_server.stamps import accepted_s, sent, traceparent_of
 from quantplane_server.streams import HEARTBEAT_S, goodbye, heartbeat
+from quantplane_server.telemetry import tracing
+from quantplane_server.telemetry.metrics import QUOTES_CONFLATED, QUOTES_DELIVERED
 from quantplane_server.tokens import Tokens
 
 HISTORY_ROWS = 2_000
 LAST_SYMBOL = "\U0010ffff"  # behind every symbol, in the order of history
 Request = pb.SubscribeQuotesRequest | pb.StreamQuotesRequest
 MAX_CHANGES = 64  # that wait to be applied
+DELIVERIES = (pb.DELIVERY_LATEST, pb.DELIVERY_LOSSLESS)
 
 
 class Subscription:
@@ -71,6 +77,8 @@ class Subscription:
         self._settled = False  # what precedes the place has all been delivered
         self._served_at = Timestamp()
         self._sequence = self._acknowledged = 0
+        self._conflated = 0
+        self._trace = tracing.stream()
         self._draining = False
         self._error: QuantplaneError | None = None
         self._beat_due = False
@@ -99,6 +107,43 @@ class Subscription:
         """End the stream with a Goodbye."""
         self._draining = True
         self._wake.set()
+
+    def report(self, told: pb.Subscription) -> None:
+        """Fill in how the stream fares."""
+        told.keys = len(self._symbols)
+        told.delivery = DELIVERIES[self._lossless]
+        told.min_interval.FromTimedelta(timedelta(seconds=self._interval_s))
+        told.heartbeat_interval.FromTimedelta(timedelta(seconds=self._heartbeat_s))
+        told.acknowledged = self._acknowledged
+        told.max_unacknowledged = self._ahead
+        told.pending_bytes = self._queue.pending_bytes
+        told.conflated_count = self._conflated + self._queue.conflated
+        told.state = self._state()
+        waits = len(self._queue)
+        if told.state == pb.SUBSCRIPTION_STATE_CATCHING_UP:
+            waits = self._entries_behind()
+        told.pending_entries = waits
+        told.lag.FromTimedelta(timedelta(seconds=max(0.0, self._lag_s())))
+
+    def _state(self) -> pb.SubscriptionState.ValueType:
+        if self._place.history:
+            return pb.SUBSCRIPTION_STATE_HISTORY
+        if not self._settled:
+            return pb.SUBSCRIPTION_STATE_STARTING
+        if self._reader.attached and not self._queue.overflowed:
+            return pb.SUBSCRIPTION_STATE_LIVE
+        return pb.SUBSCRIPTION_STATE_CATCHING_UP
+
+    def _entries_behind(self) -> int:
+        heads = self._fanout.heads
+        delivered = self._place.delivered.items()
+        return sum(max(0, heads.get(s, at).number - at.number) for s, at in delivered)
+
+    def _lag_s(self) -> float:
+        """Return how old the first is of what the reader was not given."""
+        if self._place.history:
+            return time() - self._place.history[0] / 1e6
+        return time() - accepted_s(self._queue.oldest) if self._queue.oldest else 0.0
 
     # --- The stream ---
 
@@ -305,7 +350,7 @@ class Subscription:
             self._place.delivered[shard] = entry.position
             piece = Piece.cut(entry, self._reader.keys)
             if piece.parts:
-                yield self._message(piece.joined)
+                yield self._message(piece.joined, stamp=piece.stamp)
 
     async def _set_symbols(self, symbols: list[str]) -> None:
         self._symbols = symbols
@@ -399,12 +444,27 @@ class Subscription:
 
     def _take(self) -> bytes:
         taken = self._queue.take()
+        self._conflated += taken.conflated
         self._place.delivered.update(taken.positions)
-        return self._message(b"".join(taken.parts), taken.conflated)
+        payload = b"".join(taken.parts)
+        return self._message(payload, taken.conflated, taken.stamp, taken.traced)
 
-    def _message(self, payload: bytes, conflated: int = 0) -> bytes:
+    def _message(
+        self,
+        payload: bytes,
+        conflated: int = 0,
+        stamp: bytes = b"",
+        traced: bytes = b"",
+    ) -> bytes:
         """Return a response with these records."""
-        return payload + self._rest(conflated_count=conflated)
+        QUOTES_DELIVERED.add(len(payload))
+        if conflated:
+            QUOTES_CONFLATED.add(conflated)
+        if self._trace:
+            self._trace.carries(traceparent_of(traced) if traced else "", conflated)
+        rest = self._rest(conflated_count=conflated)
+        stamps = sent(stamp, traced, self._served_at) if stamp else b""
+        return payload + stamps + rest
 
     def _event(self, **event: Any) -> bytes:
         return self._rest(event=pb.StreamEvent(**event))

@@ -16,6 +16,7 @@ from quantplane_server.reference.settings import (
     SessionEnd,
     configured,
 )
+from quantplane_server.tasks import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +32,13 @@ class Expiry:
         self._db = db
         self._reference = reference
         self._writer = writer
+        self._outage = Outage(logger, "expiring orders", databases.UNAVAILABLE)
 
     async def run(self) -> None:
         """Run until cancelled."""
         while True:
-            try:
+            with self._outage:
                 await self.expire(datetime.now(UTC))
-            except databases.UNAVAILABLE as error:
-                logger.warning("orders can't be expired, trying again: %r", error)
-            except Exception:
-                logger.exception("orders can't be expired, trying again")
             await asyncio.sleep(LOOK_S)
 
     async def expire(self, now: datetime) -> int:

@@ -300,6 +300,7 @@ class Round:
             type=kind,
             order=order,
             trace_id=origin.trace_id,
+            span_id=origin.span_id,
             actor=origin.actor,
         )
         if kind == pb.ORDER_EVENT_TYPE_DENIED:

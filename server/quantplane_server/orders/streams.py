@@ -41,7 +41,8 @@ class OrderLogStream(LogStream):
         self._strategies = frozenset(request.filter.strategy_ids)
         self._symbols = frozenset(request.filter.symbols)
 
-    def wants(self, order: pb.Order) -> bool:
+    def wants(self, event: pb.OrderEvent) -> bool:
+        order = event.order
         return (not self._strategies or order.strategy_id in self._strategies) and (
             not self._symbols or order.symbol in self._symbols
         )
@@ -63,8 +64,8 @@ class OrderStream(OrderLogStream):
         return [self.response(orders=orders) for orders in await self.live(conn)]
 
     def data(self, entries: Sequence[Entry]) -> bytes:
-        wanted = [e.wire for e in entries if self.wants(e.message.order)]
-        return b"".join(EVENTS + varint(len(wire)) + wire for wire in wanted)
+        wires = [entry.wire for entry in entries]
+        return b"".join(EVENTS + varint(len(wire)) + wire for wire in wires)
 
 
 class CommandStream(OrderLogStream):
@@ -78,16 +79,20 @@ class CommandStream(OrderLogStream):
             for orders in await self.live(conn)
         ]
 
+    def wants(self, event: pb.OrderEvent) -> bool:
+        return super().wants(event) and bool(command_of(event))
+
     def data(self, entries: Sequence[Entry]) -> bytes:
         commands = [
             pb.BrokerCommand(
                 type=kind,
-                order=entry.message.order,
-                revision=entry.message.revision,
-                trace_id=entry.message.trace_id,
+                order=event.order,
+                revision=event.revision,
+                trace_id=event.trace_id,
+                span_id=event.span_id,
             )
-            for entry in entries
-            if self.wants(entry.message.order) and (kind := command_of(entry.message))
+            for event in (entry.message for entry in entries)
+            if (kind := command_of(event))
         ]
         return self.response(commands=commands).SerializeToString()
 

@@ -12,12 +12,15 @@ import asyncpg
 from quantplane import v1 as pb
 from quantplane_server.coalescing import Coalescer
 from quantplane_server.db import Database
+from quantplane_server.errors import QuantplaneError
 from quantplane_server.log import Logs
 from quantplane_server.orders import risk
 from quantplane_server.orders.commands import Command, Outcome, Replace, Submit
 from quantplane_server.orders.queries import NameTaken
 from quantplane_server.orders.round import Bounds, Round
 from quantplane_server.reference.queries import risk_limits
+from quantplane_server.telemetry import tracing
+from quantplane_server.telemetry.metrics import EXECUTIONS, ORDERS_REFUSED
 from quantplane_server.watch import Watches
 
 MOST = 256  # commands that share a transaction
@@ -46,12 +49,16 @@ class Writer:
         self._logs = logs
         self._watches = watches
         self._latest_quotes = latest_quotes
-        self._rounds = Coalescer[Command, Outcome](self._work, MOST, LIMIT)
+        self._rounds = Coalescer[Command, Outcome](self._round, MOST, LIMIT)
         self._booked = asyncio.Event()
 
     async def do(self, commands: Sequence[Command]) -> list[Outcome]:
         """Return what came of each: it is committed. Raises Overloaded."""
-        return await self._rounds.do(commands)
+        outcomes = await self._rounds.do(commands)
+        for command, outcome in zip(commands, outcomes, strict=True):
+            if isinstance(command, Submit) and isinstance(outcome, QuantplaneError):
+                ORDERS_REFUSED.add(1, outcome.reason_name)
+        return outcomes
 
     async def validate(self, submit: Submit) -> float | None:
         """Raise what submitting an order would now; return its notional, if known."""
@@ -70,6 +77,11 @@ class Writer:
     async def close(self) -> None:
         """Return once all that was taken is done."""
         await self._rounds.close()
+
+    async def _round(self, commands: list[Command]) -> list[Outcome]:
+        origins = (command.origin for command in commands)
+        with tracing.together("write orders", origins):
+            return await self._work(commands)
 
     async def _work(self, commands: list[Command]) -> list[Outcome]:
         taken = False
@@ -97,6 +109,7 @@ class Writer:
         for appended in done.appended:
             self._logs.committed(*appended)
         if done.executions:
+            EXECUTIONS.add(len(done.executions))
             self._booked.set()
         return outcomes
 

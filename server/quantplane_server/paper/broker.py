@@ -100,6 +100,7 @@ class Session:
 
     async def _obey(self, command: pb.BrokerCommand) -> None:
         order = command.order
+        self._outbox.caused(command)
         if order.symbol not in self._watched:
             text = f"orders in {MAX_SYMBOLS:,} symbols are live"
             self._outbox.add([rejected(order, "TOO_MANY_SYMBOLS", text)])

@@ -4,16 +4,25 @@ import asyncio
 import logging
 from collections.abc import Iterable, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 from quantplane import Client
 from quantplane import v1 as pb
 from quantplane.retry import answered
+from quantplane.tracing import caused_by
 from quantplane_server.paper.book import Report
 
 logger = logging.getLogger(__name__)
 
 BATCH = 1_000  # reports, in one call
+CAUSES = 10_000  # commands that are remembered
+
+
+class Cause(NamedTuple):
+    """The call that gave a command."""
+
+    trace_id: str
+    span_id: str
 
 
 class Outbox:
@@ -28,12 +37,22 @@ class Outbox:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._reports: dict[int, Report] = {}
+        self._causes: dict[str, Cause] = {}  # by order, of its last command
         self._numbers = count()
         self._changed = asyncio.Event()
 
     def add(self, reports: Iterable[Report]) -> None:
         self._reports.update(zip(self._numbers, reports, strict=False))
         self._tell()
+
+    def caused(self, command: pb.BrokerCommand) -> None:
+        """Have later reports of an order belong to the trace of its last command."""
+        order_id = command.order.order_id
+        self._causes.pop(order_id, None)
+        if command.span_id:
+            self._causes[order_id] = Cause(command.trace_id, command.span_id)
+        if len(self._causes) > CAUSES:
+            del self._causes[next(iter(self._causes))]
 
     async def room(self) -> None:
         """Wait until there are fewer reports than the limit."""
@@ -53,12 +72,18 @@ class Outbox:
                 await self._changed.wait()
             if numbers := sendable(self._reports, pb.OrderReport):
                 request = pb.ReportOrderEventsRequest(reports=self._these(numbers))
-                response = await answered(broker.ReportOrderEvents, request)
+                with caused_by(self._causes_of(numbers)):
+                    response = await answered(broker.ReportOrderEvents, request)
                 self._settle(numbers, response.results)
             if numbers := sendable(self._reports, pb.ExecutionReport):
                 fills = pb.ReportExecutionsRequest(reports=self._these(numbers))
-                booked = await answered(broker.ReportExecutions, fills)
+                with caused_by(self._causes_of(numbers)):
+                    booked = await answered(broker.ReportExecutions, fills)
                 self._settle(numbers, booked.results)
+
+    def _causes_of(self, numbers: Iterable[int]) -> list[Cause]:
+        orders = (self._reports[number].order_id for number in numbers)
+        return [self._causes[order] for order in orders if order in self._causes]
 
     def _these(self, numbers: Sequence[int]) -> Any:
         return [self._reports[number] for number in numbers]

@@ -11,6 +11,7 @@ from quantplane_server.db import Database
 from quantplane_server.portfolio import queries
 from quantplane_server.portfolio.valuation import LatestQuotes, Valuation
 from quantplane_server.reference.settings import SNAPSHOT_INTERVAL, configured
+from quantplane_server.tasks import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class Snapshots:
         self._db = db
         self._reference = reference
         self._valuation = Valuation(db, reference, latest_quotes)
+        self._outage = Outage(logger, "taking snapshots", UNAVAILABLE)
 
     async def run(self) -> None:
         """Take them at the configured interval, or wait until no other process does.
@@ -37,15 +39,12 @@ class Snapshots:
         beside another's.
         """
         while True:
-            try:
+            with self._outage:
                 async with self._db.session() as session:
                     while await queries.claim_snapshots(session):
                         await self.take()
+                        self._outage.over()
                         await self._rest()
-            except UNAVAILABLE as error:
-                logger.warning("snapshots paused, trying again: %r", error)
-            except Exception:
-                logger.exception("taking snapshots failed, trying again")
             await asyncio.sleep(RETRY_S)
 
     async def _rest(self) -> None:

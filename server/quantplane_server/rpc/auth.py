@@ -28,6 +28,7 @@ from quantplane_server.rpc.caller import Caller, address, caller
 from quantplane_server.rpc.interceptor import Call, Context, Receive
 from quantplane_server.rpc.limits import Buckets, Limits
 from quantplane_server.rpc.rules import CLOSED, Rule, bound_elsewhere, confine
+from quantplane_server.telemetry.metrics import CALLS_REFUSED
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ WRONG_AT_ONCE = 20
 LOOK_S = 1.0  # for the picture to be made current
 AGAIN_S = 0.2  # between two tries to end a stream
 OF_STRANGERS = 1_000  # calls of an address that nobody need be known for, at a time
+REFUSALS = (Unauthenticated, PermissionDenied, RateLimited)
 CLOSED_TO_BOUND = (pb.STRATEGY_SCOPE_UNSPECIFIED, pb.STRATEGY_SCOPE_ALL)
 
 
@@ -112,11 +114,11 @@ class Guard:
         """Check a call; yield what its requests must pass, if anything."""
         PRINCIPAL.set(None)  # nothing of whoever began this server
         rule = self._rules.get(call.method, CLOSED)
-        if rule.open_to_all:
-            with self._strangers.held(address(call.context) or ""):
-                yield None
-            return
         try:
+            if rule.open_to_all:
+                with self._strangers.held(address(call.context) or ""):
+                    yield None
+                return
             known = await self._known(call.context)
             PRINCIPAL.set(known)
             with self._limits.held(known.key_id or known.user_id):
@@ -124,8 +126,10 @@ class Guard:
                     raise refusal
                 with self._judged(known, rule):
                     yield _receive(known, rule)
-        except (Unauthenticated, PermissionDenied) as refusal:  # by a service too
-            self._note(caller(call.context), call.method, refusal)
+        except REFUSALS as refusal:  # by a service too
+            CALLS_REFUSED.add(1, refusal.reason_name)
+            if not (rule.open_to_all or isinstance(refusal, RateLimited)):
+                self._note(caller(call.context), call.method, refusal)
             raise
 
     def knows(self, details: grpc.HandlerCallDetails) -> bool:

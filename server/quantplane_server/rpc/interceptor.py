@@ -8,13 +8,19 @@ pass. The adapter fits them to the four shapes of RPC.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    aclosing,
+    asynccontextmanager,
+)
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from quantplane_server.errors import InvalidRequest
+from quantplane_server.streams import OUTLET, Outlet
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 # A response's bytes, ready-made, where the stubs know only messages.
@@ -26,10 +32,10 @@ REQUEST_S = 10.0  # in which the request of a caller who is not known must come
 class Call(NamedTuple):
     method: str  # "/quantplane.v1.MarketDataService/ListBars"
     context: Context
+    streams: bool = False  # requests, responses or both
 
 
 Layer = Callable[[Call], AbstractAsyncContextManager[None]]
-Parse = Callable[[bytes], Any]
 Receive = Callable[[Any], None]  # raises for a request that is refused
 
 
@@ -40,6 +46,36 @@ class Guard(Protocol):
 
     def knows(self, details: grpc.HandlerCallDetails) -> bool:
         """Tell whether a call that begins is of somebody known."""
+
+
+class Observed(Protocol):
+    """What is told of a call as it goes on."""
+
+    def asked(self, request: Any) -> None: ...
+
+    def told(self, response: Any) -> None: ...
+
+
+Observe = Callable[[Call], AbstractContextManager[Observed]]
+
+
+class Unobserved:
+    """Looks away."""
+
+    def __init__(self, call: Call) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def asked(self, request: Any) -> None:
+        pass
+
+    def told(self, response: Any) -> None:
+        pass
 
 
 class Unguarded:
@@ -54,11 +90,20 @@ class Unguarded:
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Runs `layer`, and that of the guard in it, around every call."""
+    """Runs `layer`, and that of the guard in it, around every call.
 
-    def __init__(self, layer: Layer, guard: Guard | None = None) -> None:
+    `observe` is around both.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        guard: Guard | None = None,
+        observe: Observe = Unobserved,
+    ) -> None:
         self._layer = layer
         self._guard = guard or Unguarded()
+        self._observe = observe
 
     async def intercept_service(
         self,
@@ -78,10 +123,13 @@ class Interceptor(grpc.aio.ServerInterceptor):
         respond = handler.stream_unary or handler.unary_unary
 
         async def wrapped(request: Any, context: Context) -> Any:
-            call = Call(method, context)
-            async with self._layer(call), self._guard.layer(call) as receive:
-                received = _received(request, handler.request_deserializer, receive)
-                return await respond(received, context)
+            call = _call(method, context, handler.request_streaming)
+            with self._observe(call) as seen:
+                async with self._layer(call), self._guard.layer(call) as receive:
+                    came = Came(handler.request_deserializer, receive, seen)
+                    response = await respond(came.received(request), context)
+                    seen.told(response)
+                    return response
 
         field = "stream_unary" if handler.request_streaming else "unary_unary"
         return handler._replace(**{field: wrapped}, request_deserializer=None)
@@ -90,10 +138,12 @@ class Interceptor(grpc.aio.ServerInterceptor):
         respond = handler.stream_stream or handler.unary_stream
 
         async def wrapped(request: Any, context: Context) -> None:
-            call = Call(method, context)
-            async with self._layer(call), self._guard.layer(call) as receive:
-                received = _received(request, handler.request_deserializer, receive)
-                await _write(respond(received, context), context)
+            call = _call(method, context, streams=True)
+            with self._observe(call) as seen:
+                async with self._layer(call), self._guard.layer(call) as receive:
+                    came = Came(handler.request_deserializer, receive, seen)
+                    responses = respond(came.received(request), context)
+                    await _write(responses, context, seen)
 
         field = "stream_stream" if handler.request_streaming else "unary_stream"
         return handler._replace(
@@ -110,44 +160,63 @@ class Interceptor(grpc.aio.ServerInterceptor):
         """
 
         async def wrapped(requests: AsyncIterator[Any], context: Context) -> None:
-            call = Call(method, context)
-            async with self._layer(call), self._guard.layer(call) as receive:
-                request = await _only(requests, context)
-                request = _received(request, handler.request_deserializer, receive)
-                if handler.response_streaming:
-                    await _write(handler.unary_stream(request, context), context)
-                else:
-                    await context.write(await handler.unary_unary(request, context))
+            call = _call(method, context, handler.response_streaming)
+            with self._observe(call) as seen:
+                async with self._layer(call), self._guard.layer(call) as receive:
+                    came = Came(handler.request_deserializer, receive, seen)
+                    request = came.received(await _only(requests, context))
+                    if handler.response_streaming:
+                        responses = handler.unary_stream(request, context)
+                        await _write(responses, context, seen)
+                    else:
+                        response = await handler.unary_unary(request, context)
+                        seen.told(response)
+                        await context.write(response)
 
         return grpc.stream_stream_rpc_method_handler(wrapped, None, serialized)
 
 
-def _received(request: Any, parse: Parse, receive: Receive | None) -> Any:
-    """Parse a request, or each of a stream of them, and have it pass.
+def _call(method: str, context: Context, streams: bool) -> Call:
+    OUTLET.set(Outlet(method, context))
+    return Call(method, context, streams)
 
-    Here, within the layers: gRPC itself answers what is no message with UNKNOWN, and
-    a traceback in the log.
+
+class Came(NamedTuple):
+    """What is done to a request that has come.
+
+    It is parsed here, within the layers: gRPC itself answers what is no message with
+    UNKNOWN, and a traceback in the log.
     """
-    if isinstance(request, bytes):
-        return _passed(request, parse, receive)
-    return _each_passed(request, parse, receive)
 
+    parse: Callable[[bytes], Any]
+    receive: Receive | None
+    seen: Observed
 
-async def _each_passed(
-    requests: AsyncIterator[bytes], parse: Parse, receive: Receive | None
-) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _passed(request, parse, receive)
+    def received(self, request: Any) -> Any:
+        """Have a request, or each of a stream of them, be parsed and pass."""
+        if not isinstance(request, bytes):
+            return self._each(request)
+        message = self._passed(request)
+        self.seen.asked(message)
+        return message
 
+    async def _each(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        first = True
+        async for request in requests:
+            message = self._passed(request)
+            if first:
+                self.seen.asked(message)
+                first = False
+            yield message
 
-def _passed(request: bytes, parse: Parse, receive: Receive | None) -> Any:
-    try:
-        message = parse(request)
-    except DecodeError as error:
-        raise InvalidRequest([("request", f"can't be parsed: {error}")]) from None
-    if receive is not None:
-        receive(message)
-    return message
+    def _passed(self, request: bytes) -> Any:
+        try:
+            message = self.parse(request)
+        except DecodeError as error:
+            raise InvalidRequest([("request", f"can't be parsed: {error}")]) from None
+        if self.receive is not None:
+            self.receive(message)
+        return message
 
 
 async def _only(requests: AsyncIterator[Any], context: Context) -> Any:
@@ -161,17 +230,19 @@ async def _only(requests: AsyncIterator[Any], context: Context) -> Any:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "there is no request")
 
 
-async def _write(responses: Any, context: Context) -> None:
-    """Write what a handler yields, unless it writes by itself, as that of health."""
-    if not isinstance(responses, AsyncIterator):
-        await responses
-        return
-    async with aclosing(responses):  # type: ignore[type-var]
+async def _write(responses: Any, context: Context, seen: Observed) -> None:
+    """Write what a handler yields."""
+    outlet = OUTLET.get()
+    async with aclosing(responses):
         async for response in responses:
+            data = serialized(response)
+            outlet.begin(len(data))
             try:
-                await context.write(response)
+                await context.write(data)
             except grpc.aio.InternalError:
                 return  # the reader has gone
+            outlet.sent()
+            seen.told(response)
 
 
 def serialized(response: Message | bytes) -> bytes:

@@ -1,29 +1,27 @@
 """Which trace a call belongs to, as W3C Trace Context has it."""
 
-import re
-
 from quantplane_server.origin import Origin
 from quantplane_server.principal import actor
 from quantplane_server.rpc.interceptor import Context
+from quantplane_server.telemetry import tracing
 
 HEADER = "traceparent"
-PARENT = re.compile(
-    r"(?P<version>(?!ff)[0-9a-f]{2})-(?P<trace>(?!0{32})[0-9a-f]{32})"
-    r"-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?P<more>-.*)?"
-)
 
 
 def origin(context: Context) -> Origin:
-    """Return what is kept of a call with what it changes."""
-    return Origin(trace_id(context), actor())
+    """Return what is kept of a call with what it changes.
+
+    Its span id only if it is sampled. Without a span of its own, the trace is that of
+    its caller, if there is any.
+    """
+    own = tracing.ids()
+    if own.span_id:
+        return own._replace(actor=actor())
+    metadata = dict(context.invocation_metadata() or ())
+    sent = tracing.parent(str(metadata.get(HEADER, "")))
+    return Origin(f"{sent.trace_id:032x}" if sent else "", actor=actor())
 
 
 def trace_id(context: Context) -> str:
     """Return the trace id in 32 hex digits; "" if the call has none, or not one."""
-    metadata = dict(context.invocation_metadata() or ())
-    parent = PARENT.fullmatch(str(metadata.get(HEADER, "")))
-    if parent is None:
-        return ""
-    if parent["version"] == "00" and parent["more"]:  # only later ones may have more
-        return ""
-    return parent["trace"]
+    return origin(context).trace_id

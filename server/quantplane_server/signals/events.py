@@ -22,7 +22,7 @@ def _event(
     kind: "pb.SignalEventType.ValueType", signal: pb.Signal, origin: Origin
 ) -> Event:
     event = pb.SignalEvent(type=kind, signal=signal, trace_id=origin.trace_id)
-    event.actor = origin.actor
+    event.span_id, event.actor = origin.span_id, origin.actor
     event.time.GetCurrentTime()
     name = pb.SignalEventType.Name(kind).removeprefix("SIGNAL_EVENT_TYPE_")
     payload = event.SerializeToString()

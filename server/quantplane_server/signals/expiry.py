@@ -13,6 +13,7 @@ from quantplane_server.log import Logs, append
 from quantplane_server.origin import SERVER
 from quantplane_server.signals import queries
 from quantplane_server.signals.events import LOG, log_events
+from quantplane_server.tasks import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +27,14 @@ class Expiry:
     def __init__(self, db: Database, logs: Logs) -> None:
         self._db = db
         self._logs = logs
+        self._outage = Outage(logger, "expiring signals", databases.UNAVAILABLE)
 
     async def run(self) -> None:
         """Run until cancelled."""
         while True:
-            try:
+            with self._outage:
                 while await self._expire() == BATCH:
                     pass
-            except databases.UNAVAILABLE as error:
-                logger.warning("signals can't expire, trying again: %r", error)
-            except Exception:
-                logger.exception("expiring signals failed, trying again")
             await asyncio.sleep(INTERVAL_S)
 
     async def _expire(self) -> int:

@@ -155,13 +155,12 @@ class SignalStream(LogStream):
 
     def data(self, entries: Sequence[Entry]) -> bytes:
         return b"".join(
-            EVENTS + varint(len(entry.wire)) + entry.wire
-            for entry in entries
-            if self._is_wanted(entry.message.signal)
+            EVENTS + varint(len(entry.wire)) + entry.wire for entry in entries
         )
 
-    def _is_wanted(self, signal: pb.Signal) -> bool:
+    def wants(self, event: pb.SignalEvent) -> bool:
         """Tell what the query of the snapshot tells."""
+        signal = event.signal
         return (
             signal.strength >= self._filter.min_strength
             and (not self._strategy_ids or signal.strategy_id in self._strategy_ids)

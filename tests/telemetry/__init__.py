@@ -1,0 +1,1 @@
+"""What a server lets see of itself."""
