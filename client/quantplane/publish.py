@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -25,22 +25,65 @@ logger = logging.getLogger(__name__)
 QUOTES_PER_BATCH = 2_000  # the contract's limit
 
 
+class _Batches:
+    """Serialised batches with their numbers, the oldest first."""
+
+    def __init__(self) -> None:
+        self._batches: deque[tuple[int, bytes]] = deque()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        return iter(self._batches)
+
+    def append(self, number: int, batch: bytes) -> None:
+        self._batches.append((number, batch))
+        self.bytes += len(batch)
+
+    def appendleft(self, number: int, batch: bytes) -> None:
+        self._batches.appendleft((number, batch))
+        self.bytes += len(batch)
+
+    def pop(self) -> tuple[int, bytes]:
+        number, batch = self._batches.pop()
+        self.bytes -= len(batch)
+        return number, batch
+
+    def popleft(self) -> tuple[int, bytes]:
+        number, batch = self._batches.popleft()
+        self.bytes -= len(batch)
+        return number, batch
+
+    def begins_by(self, number: int) -> bool:
+        return bool(self._batches) and self._batches[0][0] <= number
+
+    def ends_after(self, number: int) -> bool:
+        return bool(self._batches) and self._batches[-1][0] > number
+
+
 class QuotePublisher:
-    """Sends numbered batches and keeps each until the server has accepted it.
+    """Sends numbered batches and keeps each until it is in the database.
 
     Over broken connections and restarted servers it sends again what was not
-    accepted, in order and under the same numbers. An error that no reconnect
-    cures is raised by the next call and by a clean exit; its note names the
-    batches that were not accepted.
+    accepted, in order and under the same numbers; also what was, where the bus has
+    lost it before it was in the database. An error that no reconnect cures is raised
+    by the next call and by a clean exit; its note names the batches that were not
+    accepted.
     """
 
     MAX_BATCHES = 256  # not accepted yet; beyond them `send` waits
     MAX_BYTES = 16 * 1024 * 1024
+    MAX_KEPT_BATCHES = 65_536  # accepted, not durable yet; beyond them it drops the
+    MAX_KEPT_BYTES = 64 * 1024 * 1024  # oldest, which it then can't send again
     TRACE_S = 10.0  # between two batches that have a span, where there is tracing
 
     def __init__(self, channel: grpc.aio.Channel, feed: str | None = None) -> None:
         self.feed = feed or uuid.uuid4().hex
         self.reconnects = 0
+        self.lost = 0
+        """How many batches the bus had accepted and lost, and are dropped here."""
         # Batches are serialised once, in `send`: a resend costs nothing, and the
         # bound in bytes is exact.
         name = f"{pb.Quote.DESCRIPTOR.file.package}.MarketDataService/PublishQuotes"
@@ -54,8 +97,10 @@ class QuotePublisher:
         self._hold: pb.HoldReason.ValueType = pb.HOLD_REASON_UNSPECIFIED
         self._sent_through = 0  # by this publisher
         self._next_batch = 0  # 0: not known before the server's first response
-        self._unaccepted: deque[tuple[int, bytes]] = deque()
-        self._unaccepted_bytes = 0
+        self._unaccepted = _Batches()
+        self._kept = _Batches()  # accepted, not durable yet
+        self._dropped_through = 0
+        self._lost = range(0)  # the last ones
         self._unwritten: deque[bytes] | None = None  # None: not connected
         self._more = asyncio.Event()  # to write
         self._progress = asyncio.Event()
@@ -80,7 +125,10 @@ class QuotePublisher:
             await self.aclose()
 
     async def aclose(self) -> None:
-        """End at once; what is not accepted yet may be lost."""
+        """End at once; what is not accepted yet may be lost.
+
+        What is accepted and not durable is no longer sent again from here on.
+        """
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -88,7 +136,7 @@ class QuotePublisher:
 
     @property
     def accepted_through(self) -> int:
-        """Every batch up to this number is on the bus."""
+        """Every batch up to this number is on the bus. Falls if that loses some."""
         return self._accepted_through
 
     @property
@@ -121,12 +169,12 @@ class QuotePublisher:
     async def flush(self) -> None:
         """Wait until everything sent is accepted."""
         last = self._sent_through
-        await self._until(lambda: self._accepted_through >= last)
+        await self._until(lambda: not self._unaccepted.begins_by(last))
 
     async def durable(self) -> None:
-        """Wait until everything sent is committed in the database."""
+        """Wait until everything sent is committed in the database, or lost."""
         last = self._sent_through
-        await self._until(lambda: self._durable_through >= last)
+        await self._until(lambda: self._is_settled(last))
 
     async def _until(self, reached: Callable[[], bool]) -> None:
         while True:
@@ -138,10 +186,14 @@ class QuotePublisher:
                 return
             await self._progress.wait()
 
+    def _is_settled(self, last: int) -> bool:
+        durable = self._durable_through
+        return durable >= last or (last in self._lost and durable >= self._lost[0] - 1)
+
     def _has_room(self) -> bool:
         return (
             len(self._unaccepted) < self.MAX_BATCHES
-            and self._unaccepted_bytes < self.MAX_BYTES
+            and self._unaccepted.bytes < self.MAX_BYTES
         )
 
     def _add(self, quotes: Sequence[pb.Quote]) -> int:
@@ -152,8 +204,7 @@ class QuotePublisher:
         batch = request.SerializeToString()
         self._sent_through = number
         self._next_batch += 1
-        self._unaccepted.append((number, batch))
-        self._unaccepted_bytes += len(batch)
+        self._unaccepted.append(number, batch)
         if self._unwritten is not None:
             self._unwritten.append(batch)
             self._more.set()
@@ -213,10 +264,14 @@ class QuotePublisher:
                 await self._more.wait()
 
     def _take(self, response: pb.PublishQuotesResponse) -> None:
-        self._accept(response.accepted_through)
         self._durable_through = max(self._durable_through, response.durable_through)
-        self._hold = response.hold
+        accepted = max(response.accepted_through, self._durable_through)
         if self._unwritten is None:  # the first response: what is missing is known
+            self._take_back(accepted)
+        self._accept(accepted)
+        self._drop()
+        self._hold = response.hold
+        if self._unwritten is None:
             known = max(response.next_batch, response.accepted_through + 1)
             self._next_batch = max(self._next_batch, known)
             self._unwritten = deque(batch for _, batch in self._unaccepted)
@@ -225,9 +280,38 @@ class QuotePublisher:
 
     def _accept(self, through: int) -> None:
         self._accepted_through = max(self._accepted_through, through)
-        while self._unaccepted and self._unaccepted[0][0] <= through:
-            self._unaccepted_bytes -= len(self._unaccepted.popleft()[1])
+        while self._unaccepted.begins_by(through):
+            self._kept.append(*self._unaccepted.popleft())
         self._trace.accepted(through)
+
+    def _take_back(self, through: int) -> None:
+        """Hold as accepted no more than the server knows of.
+
+        That is less where the bus has lost some, or had not noted the last ones: it
+        takes those for what they are when they come again.
+        """
+        self._accepted_through = min(self._accepted_through, through)
+        while self._kept.ends_after(through):
+            self._unaccepted.appendleft(*self._kept.pop())
+        more = range(max(through + 1, self._lost.stop), self._dropped_through + 1)
+        if more:
+            self._lost = range(through + 1, more.stop)
+            self.lost += len(more)
+            logger.warning(
+                "feed %s: the bus has lost batches %d to %d, which it had accepted; "
+                "they were dropped here, as too many were not durable",
+                *(self.feed, more[0], more[-1]),
+            )
+
+    def _drop(self) -> None:
+        """Keep what may have to be sent again, and no more than the bounds."""
+        while self._kept.begins_by(self._durable_through):
+            self._kept.popleft()
+        while (
+            len(self._kept) > self.MAX_KEPT_BATCHES
+            or self._kept.bytes > self.MAX_KEPT_BYTES
+        ):
+            self._dropped_through, _ = self._kept.popleft()
 
     def _fail(self, error: Exception) -> None:
         if isinstance(error, grpc.aio.AioRpcError):

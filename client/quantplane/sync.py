@@ -231,6 +231,10 @@ class QuotePublisher:
     def reconnects(self) -> int:
         return self._publisher.reconnects
 
+    @property
+    def lost(self) -> int:
+        return self._publisher.lost
+
 
 class Loop:
     """An event loop in a thread."""

@@ -1,11 +1,12 @@
 #!lua name=quantplane
 
 -- The steps on the bus that must be atomic. One shard is:
---   meta    hash: epoch, number (of the last entry), appended (bytes, ever),
---           recorded (bytes of these that the database has), position (recorded)
+--   meta    hash: epoch, number (of the last entry), begun (the epoch of what comes),
+--           appended (bytes, ever), recorded (bytes of these that the database has),
+--           position (recorded)
 --   stream  entries <epoch>-<number>, numbered without gaps; field "" holds the
---           `appended` of its entry, field "\0" its stamp, every other field is a key
---           with its records
+--           `appended` of its entry, field "\0" its stamp, field "\1" the entry before
+--           it where an epoch begins, every other field is a key with its records
 --   latest  hash: key -> its last record
 --   feed    hash per feed: session, last (batch here), through (accepted everywhere)
 
@@ -16,40 +17,92 @@ local function head(meta)
   return state[1] .. '-' .. state[2]
 end
 
--- An epoch is the time in ms at which the shard was created: entries of a bus that
--- was lost and built anew never share a position with those of the old one.
-local function create(meta)
-  if redis.call('EXISTS', meta) == 0 then
-    local now = redis.call('TIME')
-    local epoch = string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000))
-    redis.call('HSET', meta, 'epoch', epoch, 'number', 0, 'appended', 0, 'recorded', 0)
+-- The epochs that began in this process, by shard. They are in its memory only, which
+-- is the point: one that starts again may have lost the end of what was there, and can't
+-- tell.
+local begun = {}
+
+-- Returns the epoch of what is appended now: the time in ms at which the shard was
+-- created, or first touched after the process started. So entries that were lost never
+-- share a position with those that came after them.
+local function epoch_of(meta)
+  local known = redis.call('HMGET', meta, 'begun', 'epoch')
+  local last = math.max(tonumber(known[1] or 0), tonumber(known[2] or 0))
+  local epoch = begun[meta]
+  if epoch and epoch == known[1] and tonumber(epoch) == last then return epoch end
+  local now = redis.call('TIME')
+  local ms = now[1] * 1000 + math.floor(now[2] / 1000)
+  epoch = string.format('%.0f', math.max(ms, last + 1))
+  redis.call('HSET', meta, 'begun', epoch)
+  for _, count in ipairs{'number', 'appended', 'recorded'} do
+    redis.call('HSETNX', meta, count, 0)
+  end
+  begun[meta] = epoch
+  return epoch
+end
+
+-- The epochs, by shard, that go on after what the database has. It can have more than
+-- what is left here, and its feeds send none of that again: who has less must be told.
+local joined = {}
+
+local function join(meta, position)
+  local of, number = string.match(position, '^(%d+)-(%d+)$')
+  local state = redis.call('HMGET', meta, 'epoch', 'number', 'appended')
+  local ahead = tonumber(of) - tonumber(state[1] or 0)
+  if ahead > 0 or ahead == 0 and tonumber(number) > tonumber(state[2]) then
+    redis.call('HSET', meta, 'epoch', of, 'number', number)
+    redis.call('HSET', meta, 'position', position, 'recorded', state[3])
+  end
+  joined[meta] = epoch_of(meta)
+end
+
+-- Begins a session of a feed, which ends every earlier one. It is named <epoch>-<count>.
+-- KEYS meta feed ARGV the position that the database has; it is needed where the
+-- answer without it is nothing -> session, last, through, <epoch>-<number>
+local function open_feed(keys, args)
+  local meta, feed = keys[1], keys[2]
+  if joined[meta] ~= epoch_of(meta) then
+    if not args[1] then return {} end
+    join(meta, args[1])
+  end
+  local epoch = joined[meta]
+  local state = redis.call('HMGET', feed, 'session', 'last', 'through')
+  local session = epoch .. '-' .. string.match(state[1] or '0', '%d+$') + 1
+  redis.call('HSET', feed, 'session', session)
+  local place = epoch .. '-' .. redis.call('HGET', meta, 'number')
+  return {session, tonumber(state[2] or 0), tonumber(state[3] or 0), place}
+end
+
+-- Tells how a session ended: 'FORGOTTEN' if the bus may have lost what it appended,
+-- 'REPLACED' by a newer one, or not: nil. `known` is the one that its feed has.
+local function ended(session, known, epoch)
+  if not known or string.match(session, '^%d+') ~= epoch then return 'FORGOTTEN' end
+  if known ~= session then return 'REPLACED' end
+end
+
+-- Keeps that every batch to `through` is on all its shards. KEYS meta feed
+-- ARGV session through
+local function note_accepted(keys, args)
+  if not ended(args[1], redis.call('HGET', keys[2], 'session'), epoch_of(keys[1])) then
+    redis.call('HSET', keys[2], 'through', args[2])
   end
 end
 
--- Begins a session of a feed, which ends every earlier one.
--- KEYS meta feed -> session, last, through, head
-local function open_feed(keys)
-  local meta, feed = keys[1], keys[2]
-  create(meta)
-  local session = redis.call('HINCRBY', feed, 'session', 1)
-  local state = redis.call('HMGET', feed, 'last', 'through')
-  return {session, tonumber(state[1] or 0), tonumber(state[2] or 0), head(meta)}
-end
-
-local STAMP = '\0'
+local STAMP, BEFORE = '\0', '\1'
 
 -- Appends one entry to one shard, once. args[at] is the session, its keys are
 -- args[at + 3 ...], three for each of `count`: key, records but the last, the last.
--- The stamp is among them: of all fields it alone is no one's latest.
+-- The stamp is among them: of these fields it alone is no one's latest.
 local function append_entry(keys, args, at, count, terms)
   local meta, stream, latest, feed = unpack(keys)
+  local epoch = epoch_of(meta)
   local known = redis.call('HMGET', feed, 'session', 'last')
-  if not known[1] then return {'FORGOTTEN', ''} end -- the bus was lost since
-  if known[1] ~= args[at] then return {'REPLACED', ''} end
-  if tonumber(args[at + 1]) <= tonumber(known[2] or 0) then
-    return {'APPENDED', head(meta)}
-  end
+  local why = ended(args[at], known[1], epoch)
+  if why then return {why, ''} end
   local state = redis.call('HMGET', meta, 'epoch', 'number', 'appended', 'recorded')
+  if tonumber(args[at + 1]) <= tonumber(known[2] or 0) then
+    return {'APPENDED', epoch .. '-' .. state[2]}
+  end
   local appended = tonumber(state[3])
   if appended - state[4] >= terms.cap then return {'FULL', ''} end
 
@@ -65,11 +118,15 @@ local function append_entry(keys, args, at, count, terms)
     end
   end
   fields[2] = string.format('%.0f', appended)
+  if state[1] ~= epoch then
+    fields[#fields + 1] = BEFORE
+    fields[#fields + 1] = head(meta)
+  end
   local number = string.format('%.0f', state[2] + 1)
-  local position = state[1] .. '-' .. number
+  local position = epoch .. '-' .. number
   redis.call('XADD', stream, position, unpack(fields))
   redis.call('HSET', latest, unpack(values))
-  redis.call('HSET', meta, 'number', number, 'appended', fields[2])
+  redis.call('HSET', meta, 'epoch', epoch, 'number', number, 'appended', fields[2])
   redis.call('HSET', feed, 'last', terms.last, 'through', terms.through)
   redis.call('EXPIRE', feed, terms.ttl)
   return {'APPENDED', position}
@@ -105,21 +162,30 @@ local function snapshot(keys, args)
 end
 
 -- Notes what the database has, trims, and tells everyone. KEYS per shard: meta stream
--- ARGV channel message, then per shard: position appended trim_before ('' for nothing)
+-- ARGV channel, then per shard: shard position appended trim_before ('' for nothing)
 local function mark_recorded(keys, args)
-  local at = 3
+  local news, at = {}, 2
   for i = 1, #keys, 2 do
-    local position, appended, trim_before = unpack(args, at, at + 2)
-    -- Of a bus that was lost since, nothing is recorded yet.
-    if redis.call('HGET', keys[i], 'epoch') == string.match(position, '^%d+') then
+    local shard, position, appended, trim_before = unpack(args, at, at + 3)
+    local epoch = epoch_of(keys[i])
+    local of, number = string.match(position, '^(%d+)-(%d+)$')
+    -- An entry of an earlier epoch may be lost since: it says nothing of those here.
+    if of == epoch or #redis.call('XRANGE', keys[i + 1], position, position) > 0 then
       redis.call('HSET', keys[i], 'position', position, 'recorded', appended)
+      news[#news + 1] = shard .. ' ' .. epoch .. '-' .. number
     end
     if trim_before ~= '' then
       redis.call('XTRIM', keys[i + 1], 'MINID', trim_before)
     end
-    at = at + 3
+    at = at + 4
   end
-  redis.call('PUBLISH', args[1], args[2])
+  redis.call('PUBLISH', args[1], table.concat(news, ' '))
+end
+
+-- Says up to which number the database has a shard. KEYS meta -> <epoch>-<number>
+local function recorded(keys)
+  local position = redis.call('HGET', keys[1], 'position')
+  return epoch_of(keys[1]) .. '-' .. string.match(position or '0', '%d+$')
 end
 
 -- Says how much is not recorded yet, and since when. KEYS meta stream
@@ -140,10 +206,14 @@ end
 
 redis.register_function('quantplane_open_feed', open_feed)
 redis.register_function('quantplane_append', append)
+redis.register_function('quantplane_note_accepted', note_accepted)
 redis.register_function{
   function_name = 'quantplane_snapshot', callback = snapshot, flags = {'no-writes'}
 }
 redis.register_function('quantplane_mark_recorded', mark_recorded)
+redis.register_function{
+  function_name = 'quantplane_recorded', callback = recorded, flags = {'allow-oom'}
+}
 redis.register_function{
   function_name = 'quantplane_backlog', callback = backlog, flags = {'no-writes'}
 }

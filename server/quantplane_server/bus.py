@@ -2,8 +2,13 @@
 
 A record is one serialised item, framed as a field of a repeated protobuf field, so
 that records joined together are a message. An entry holds the records of many keys;
-its positions are numbered without gaps within an epoch. `bus.lua` has the atomic
-steps; this module gives them names.
+its positions are numbered without gaps. `bus.lua` has the atomic steps; this module
+gives them names.
+
+The bus answers before its disk has what it was told, so one that starts again may lack
+the last entries. Each start begins an epoch, whose first entry names the one before it,
+or what the database has, if that is more: who is there goes on, who had seen more knows
+that it was lost, and who had seen less that it is not here.
 """
 
 import asyncio
@@ -11,6 +16,8 @@ import zlib
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
+    Awaitable,
+    Callable,
     Iterable,
     Iterator,
     Mapping,
@@ -42,7 +49,9 @@ RECORDED = "quantplane:recorded"
 CHANGED = "quantplane:changed"
 LOGGED = "quantplane:logged"
 NEWS_BYTES = 1 << 20
+LIBRARY = "quantplane"
 STAMP = b"\0"  # the key of an entry's stamp
+BEFORE = b"\1"  # the key of the position before it
 
 
 class Position(NamedTuple):
@@ -59,13 +68,9 @@ class Position(NamedTuple):
     def __str__(self) -> str:
         return f"{self.epoch}-{self.number}"
 
-    def precedes(self, entry: "Position") -> bool:
-        """Tell whether no entry lies between this position and that of `entry`."""
-        same = self.epoch == entry.epoch or self == START
-        return same and entry.number == self.number + 1
-
 
 START = Position(0, 0)
+Recorded = Callable[[], Awaitable[Mapping[int, Position]]]  # what the database has
 
 
 class Entry(NamedTuple):
@@ -73,16 +78,37 @@ class Entry(NamedTuple):
     appended: int  # bytes ever appended to the shard, this entry included
     parts: dict[bytes, bytes]  # key -> its records, joined
     stamp: bytes = b""  # of its round
+    before: Position | None = None  # named by the first entry of an epoch
+
+    @property
+    def previous(self) -> Position:
+        """The position that it follows: no entry lies between the two."""
+        epoch, number = self.position
+        return self.before or Position(epoch, number - 1)
+
+
+def unbroken(after: Position, entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Yield the entries that follow a position, and each other, without a hole."""
+    for entry in entries:
+        if entry.previous != after:
+            return
+        after = entry.position
+        yield entry
 
 
 class FeedLease(NamedTuple):
     """What the bus knew of a feed when it opened."""
 
     name: str
-    sessions: list[int]  # per shard
+    sessions: list[bytes]  # per shard
     lasts: list[int]  # per shard: the last batch it holds
     accepted_through: int  # every batch to here is on all its shards
-    heads: dict[int, Position]  # of the shards that hold any of its batches
+    places: list[Position]  # per shard: the number of its last entry, in this epoch
+
+    @property
+    def held(self) -> dict[int, Position]:
+        """The places of the shards that hold any of its batches."""
+        return {s: place for s, place in enumerate(self.places) if self.lasts[s]}
 
 
 class Round(NamedTuple):
@@ -125,7 +151,7 @@ class Replaced(Exception):
 
 
 class Forgotten(Exception):
-    """The bus lost its state since the session began: open the feed again."""
+    """The bus may have lost what the session appended: open the feed again."""
 
 
 def shard_of(key: bytes) -> int:
@@ -150,7 +176,15 @@ class Bus:
         self._source = files("quantplane_server").joinpath("bus.lua").read_text()
 
     async def open(self) -> None:
-        await self._redis.function_load(self._source, replace=True)
+        """Load the library unless it is there: loading it begins new epochs."""
+        there: Any = await self._redis.function_list(LIBRARY, withcode=True)
+        if any(self._source.encode() in library for library in there):
+            return
+        try:
+            await self._redis.function_load(self._source, replace=bool(there))
+        except ResponseError as error:
+            if "already exists" not in str(error):  # by another process, just now
+                raise
 
     async def close(self) -> None:
         await self._redis.aclose()
@@ -181,15 +215,25 @@ class Bus:
         here, there = client["addr"], client["laddr"]
         return bool(here.rpartition(":")[0] == there.rpartition(":")[0])
 
-    async def open_feed(self, name: str) -> FeedLease:
-        """Begin a session of the feed and end all others."""
-        replies = await self._calls(
-            ("quantplane_open_feed", _keys(shard, "meta", f"feed:{name}"), ())
-            for shard in range(SHARDS)
+    async def open_feed(self, name: str, recorded: Recorded) -> FeedLease:
+        """Begin a session of the feed and end all others.
+
+        The first one of an epoch asks what the database has.
+        """
+        replies = await self._open_feed(name, [()] * SHARDS)
+        if not all(replies):
+            known = await recorded()
+            positions = [str(known.get(shard, START)) for shard in range(SHARDS)]
+            replies = await self._open_feed(name, [(each,) for each in positions])
+        sessions, lasts, throughs, places = zip(*replies, strict=True)
+        starts = [Position.parse(place) for place in places]
+        return FeedLease(name, list(sessions), list(lasts), max(throughs), starts)
+
+    async def _open_feed(self, name: str, args: Sequence[tuple[str, ...]]) -> list[Any]:
+        return await self._calls(
+            ("quantplane_open_feed", _keys(shard, "meta", f"feed:{name}"), each)
+            for shard, each in enumerate(args)
         )
-        sessions, lasts, throughs, heads = zip(*replies, strict=True)
-        known = {s: Position.parse(heads[s]) for s in range(SHARDS) if lasts[s]}
-        return FeedLease(name, list(sessions), list(lasts), max(throughs), known)
 
     async def append(
         self, lease: FeedLease, batches: Round, through: int
@@ -228,7 +272,9 @@ class Bus:
 
     async def note_accepted(self, lease: FeedLease, shard: int, through: int) -> None:
         """Keep that every batch to `through` is on all its shards."""
-        await self._redis.hset(_key(shard, f"feed:{lease.name}"), "through", through)
+        keys = _keys(shard, "meta", f"feed:{lease.name}")
+        args = (lease.sessions[shard], through)
+        await self._calls([("quantplane_note_accepted", keys, args)])
 
     async def heads(self, shards: Iterable[int]) -> dict[int, Position]:
         """Return the positions of the last entries."""
@@ -294,12 +340,12 @@ class Bus:
 
     async def mark_recorded(self, marks: Sequence[Mark]) -> None:
         """Tell every server what the database has; drop what no one needs."""
-        news = " ".join(f"{mark.shard} {mark.position}" for mark in marks)
         keys: list[str] = []
-        args: list[Any] = [RECORDED, news]
+        args: list[Any] = [RECORDED]
         for mark in marks:
             keys += _keys(mark.shard, "meta", "stream")
-            args += [str(mark.position), mark.appended, str(mark.trim_before or "")]
+            args += [mark.shard, str(mark.position), mark.appended]
+            args += [str(mark.trim_before or "")]
         await self._calls([("quantplane_mark_recorded", keys, args)])
 
     async def backlog(self) -> list[Backlog]:
@@ -316,16 +362,17 @@ class Bus:
     async def follow_recorded(self) -> AsyncIterator[dict[int, Position]]:
         """Yield what is recorded, by shard: all that is known, then each change.
 
-        When no news came for a while it asks again: news may be lost, facts are not.
+        The number is that of the last entry recorded, the epoch the present one. When
+        no news came for a while it asks again: news may be lost, facts are not.
         """
         async with self._redis.pubsub(ignore_subscribe_messages=True) as news:
             await news.subscribe(RECORDED)
             while True:
-                async with self._redis.pipeline(transaction=False) as pipe:
-                    for shard in range(SHARDS):
-                        pipe.hget(_key(shard, "meta"), "position")
-                    known = await pipe.execute()
-                yield {s: Position.parse(at) for s, at in enumerate(known) if at}
+                known = await self._calls(
+                    ("quantplane_recorded", _keys(shard, "meta"), ())
+                    for shard in range(SHARDS)
+                )
+                yield {s: Position.parse(at) for s, at in enumerate(known)}
                 while message := await news.get_message(timeout=NEWS_S):
                     words = message["data"].split()
                     pairs = zip(words[::2], words[1::2], strict=True)
@@ -412,7 +459,9 @@ def _keys(shard: int, *names: str) -> list[str]:
 
 def _entry(position: bytes, parts: dict[bytes, bytes]) -> Entry:
     appended, stamp = int(parts.pop(b"")), parts.pop(STAMP, b"")
-    return Entry(Position.parse(position), appended, parts, stamp)
+    before = parts.pop(BEFORE, None)
+    named = Position.parse(before) if before else None
+    return Entry(Position.parse(position), appended, parts, stamp, named)
 
 
 def _packed(parts: Iterable[bytes]) -> bytes:

@@ -13,12 +13,12 @@ The two queues differ in what they do with a reader that is too slow:
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing
 from typing import NamedTuple
 
 from quantplane.v1 import GAP_CAUSE_BUS_REBUILT, GAP_CAUSE_COMPACTED, GapCause
-from quantplane_server.bus import START, UNAVAILABLE, Bus, Entry, Position, shard_of
+from quantplane_server.bus import UNAVAILABLE, Bus, Entry, Position, shard_of
 from quantplane_server.stamps import UNTRACED_BYTES
 from quantplane_server.tasks import Outage
 from quantplane_server.telemetry import tracing
@@ -206,6 +206,11 @@ class Reader:
                 self.queue.push(shard, piece)
                 self.ring()
 
+    def lose(self, cause: GapCause.ValueType) -> None:
+        """Say that it can't go on from where it is."""
+        self.lost = cause
+        self.ring()
+
 
 class View:
     """A distinct set of keys and those who read it."""
@@ -303,14 +308,16 @@ class Fanout:
     def _check_heads(self, found: Mapping[int, Position]) -> None:
         """Find shards that went back behind what was already delivered."""
         for shard, head in found.items():
-            known = self.heads[shard]
-            if head < known or (head.epoch != known.epoch and known != START):
-                self.heads[shard] = head
-                self._lose(shard, GAP_CAUSE_BUS_REBUILT)
+            if head < self.heads[shard]:
+                self._go_back(shard, head)
 
     def _deliver(self, shard: int, entry: Entry) -> None:
-        if not self.heads[shard].precedes(entry.position):
-            self._lose(shard, GAP_CAUSE_COMPACTED)
+        if entry.previous > self.heads[shard]:
+            for reader in self._readers(shard):
+                if reader.reached[shard] < entry.previous:
+                    reader.lose(GAP_CAUSE_COMPACTED)
+        if entry.before is not None:
+            self._go_back(shard, entry.before)
         self.heads[shard] = entry.position
         views = {view for key in entry.parts for view in self._by_key.get(key, ())}
         for view in views:
@@ -318,12 +325,21 @@ class Fanout:
             for reader in view.readers:
                 reader.push(shard, piece)
 
-    def _lose(self, shard: int, cause: GapCause.ValueType) -> None:
+    def _go_back(self, shard: int, head: Position) -> None:
+        """Take note that a shard has lost what it had after `head`, if anything."""
+        if head < self.heads[shard]:
+            logger.warning(
+                "shard %d of the bus went back from %s to %s: it has lost its end",
+                *(shard, self.heads[shard], head),
+            )
+            self.heads[shard] = head
+        for reader in self._readers(shard):
+            if reader.reached[shard] > head:
+                reader.lose(GAP_CAUSE_BUS_REBUILT)
+
+    def _readers(self, shard: int) -> Iterator[Reader]:
         for view in self._views.values():
-            for reader in view.readers:
-                if shard in reader.reached:
-                    reader.lost = cause
-                    reader.ring()
+            yield from (reader for reader in view.readers if shard in reader.reached)
 
 
 def split(records: bytes) -> list[bytes]:

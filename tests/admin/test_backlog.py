@@ -31,6 +31,10 @@ async def bus(redis_url: str) -> AsyncIterator[Bus]:
     await bus.close()
 
 
+async def nothing_recorded() -> dict[int, Position]:
+    return {}
+
+
 async def append(bus: Bus, lease: FeedLease, batch: int) -> Position:
     parts = {SHARD: {KEY: [framed(b"x" * batch)]}}
     positions = await bus.append(lease, Round(batch, {SHARD: batch}, parts), batch - 1)
@@ -49,7 +53,7 @@ async def test_an_empty_bus_has_no_backlog(bus: Bus):
 
 
 async def test_what_waits_is_known_and_since_when(bus: Bus):
-    lease = await bus.open_feed("feed")
+    lease = await bus.open_feed("feed", nothing_recorded)
     before = time.time()
     positions = [await append(bus, lease, batch) for batch in (1, 2, 3)]
     entries = await bus.read(SHARD, START)

@@ -188,6 +188,100 @@ async def test_quotes_sent_while_disconnected_follow_those_sent_again():
     assert batches(server.requests[1]) == [1, 2, 3]
 
 
+# A bus that has lost what it had accepted.
+
+
+def told(count, **progress):
+    """Return a script that reads `count` batches, tells a progress, and ends."""
+
+    async def script(requests, context):
+        await anext(requests)
+        yield WELCOME
+        for _ in range(count):
+            await anext(requests)
+        yield Response(**progress)
+
+    return script
+
+
+async def published_over(*scripts):
+    """Publish 4 batches over several connections; return it, and what each was sent."""
+    async with serving(*scripts) as (client, server):
+        async with client.publish_quotes("nyse") as publisher:
+            for _ in range(4):
+                await publisher.send(quotes())
+            await until(lambda: len(server.requests) == len(scripts))
+            await until(lambda: batches(server.requests[-1])[-1:] == [4])
+    return publisher, [batches(requests) for requests in server.requests]
+
+
+async def test_what_the_bus_has_lost_is_sent_again_unless_it_is_durable():
+    again = takes(2, first=Response(accepted_through=1, next_batch=2), accepts=4)
+    publisher, sent = await published_over(
+        told(4, accepted_through=4, durable_through=2), again
+    )
+    assert sent == [[1, 2, 3, 4], [3, 4]]
+    assert publisher.lost == 0
+
+
+async def test_what_the_bus_has_lost_is_not_accepted_until_it_is_again():
+    go_on = asyncio.Event()
+
+    async def again(requests, context):
+        await anext(requests)
+        yield Response(accepted_through=1, next_batch=2)
+        await go_on.wait()
+        yield Response(accepted_through=4)
+        await silence()
+
+    async with serving(told(4, accepted_through=4), again) as (client, _):
+        async with client.publish_quotes("nyse") as publisher:
+            for _ in range(4):
+                await publisher.send(quotes())
+            await publisher.flush()
+            await until(lambda: publisher.accepted_through == 1)
+            assert publisher.unaccepted == [2, 3, 4]
+            flush = await waits(publisher.flush(), lambda: True)
+            go_on.set()
+            await flush
+
+
+@pytest.mark.parametrize("bound", [{"MAX_KEPT_BATCHES": 1}, {"MAX_KEPT_BYTES": 40}])
+async def test_what_the_bus_has_lost_and_is_not_kept_is_told_once(
+    monkeypatch, caplog, bound
+):
+    for name, value in bound.items():
+        monkeypatch.setattr(QuotePublisher, name, value)
+    publisher, sent = await published_over(
+        told(4, accepted_through=4),
+        takes(1, first=Response(accepted_through=1, next_batch=2), then=ends),
+        takes(1, first=Response(accepted_through=1, next_batch=2), accepts=4),
+    )
+    assert sent == [[1, 2, 3, 4], [4], [4]]
+    assert publisher.lost == 2
+    (warning,) = [text for text in caplog.messages if "lost" in text]
+    assert "batches 2 to 3" in warning
+
+
+async def test_what_is_not_kept_and_not_lost_is_not_told(monkeypatch):
+    monkeypatch.setattr(QuotePublisher, "MAX_KEPT_BATCHES", 0)
+    publisher, sent = await published_over(
+        told(4, accepted_through=3, durable_through=1),
+        takes(1, first=Response(accepted_through=3, next_batch=5), accepts=4),
+    )
+    assert sent == [[1, 2, 3, 4], [4]]
+    assert publisher.lost == 0
+
+
+async def test_send_does_not_wait_for_what_is_accepted_and_not_durable(monkeypatch):
+    monkeypatch.setattr(QuotePublisher, "MAX_KEPT_BATCHES", 2)
+    async with serving(accepts_all) as (client, server):
+        async with client.publish_quotes("nyse") as publisher:
+            for _ in range(20):
+                await publisher.send(quotes())
+    assert batches(server.requests[0]) == list(range(1, 21))
+
+
 # Progress.
 
 

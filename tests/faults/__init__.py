@@ -14,8 +14,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -303,6 +303,17 @@ class Server:
         if recorder := self.recorder:
             with suppress(psutil.NoSuchProcess):
                 recorder.kill()
+
+    @contextmanager
+    def without_recorder(self) -> Iterator[None]:
+        """Record nothing in the block, nor after it what was read in the block."""
+        recorder = self.recorder
+        assert recorder
+        recorder.suspend()
+        try:
+            yield
+        finally:
+            recorder.kill()
 
     async def close(self) -> None:
         """Kill it, and wait for what it leaves behind."""

@@ -13,6 +13,7 @@ from quantplane import Client, reason_of, violations_of
 from quantplane import v1 as pb
 from quantplane_server.bus import Bus, shard_of
 from quantplane_server.config import Settings
+from quantplane_server.db import Database
 from quantplane_server.main import serving
 from quantplane_server.market_data.durability import Durability
 from quantplane_server.market_data.feed import Feed
@@ -310,8 +311,8 @@ async def test_a_feed_is_held_back_while_the_bus_is_full_and_told_why(
         responses = await lossless(client, "A")
         async with asyncpg.create_pool(dsn, min_size=1, max_size=1) as pool:
             async with pool.acquire() as conn, conn.transaction():
-                await conn.execute("LOCK TABLE bus_positions")  # the recorder waits
                 sender, _ = await opened(client, "f")
+                await conn.execute("LOCK TABLE bus_positions")  # the recorder waits
                 sent = 100
                 for n in range(sent):
                     many = quotes("A", range(n * 100, n * 100 + 100))
@@ -396,10 +397,12 @@ async def test_the_last_answer_says_that_all_is_accepted(settings: Settings):
         await told.wait()
         yield batch(2, quote("A", 2))
 
-    bus = Bus(settings.backends()[1], 1 << 20)
+    postgres_dsn, redis_url = settings.backends()
+    db = await Database.open(postgres_dsn, pool_size=1)
+    bus = Bus(redis_url, 1 << 20)
     await bus.open()
     shard = shard_of(b"A")
-    answers = Feed(bus, Durability(bus)).run(requests())
+    answers = Feed(bus, db, Durability(bus)).run(requests())
     try:
         while (await anext(answers)).accepted_through < 1:
             pass
@@ -410,3 +413,4 @@ async def test_the_last_answer_says_that_all_is_accepted(settings: Settings):
         assert [answer.accepted_through async for answer in answers][-1] == 2
     finally:
         await bus.close()
+        await db.close()

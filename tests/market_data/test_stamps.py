@@ -205,7 +205,8 @@ async def append(valkey: Any, made: pb.Quote, *stamp: bytes) -> None:
     symbol = made.symbol.encode()
     shard = f"quantplane:{{q{shard_of(symbol)}}}:"
     keys = [shard + name for name in ("meta", "stream", "latest", "feed:own")]
-    session, *_ = await valkey.fcall("quantplane_open_feed", 2, keys[0], keys[3])
+    opened = await valkey.fcall("quantplane_open_feed", 2, keys[0], keys[3], "0-0")
+    session = opened[0]
     fields = [symbol, b"", framed(made.SerializeToString())]
     for each in stamp:
         fields += [STAMP, b"", each]

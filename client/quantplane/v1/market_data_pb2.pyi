@@ -201,7 +201,7 @@ class PublishQuotesRequest(_message.Message):
     """
     batch: _builtins.int
     """The number of this batch. The first is any number up to next_batch of the
-    first response, or above it after the bus lost its state; then each is one
+    first response, or above it after the bus lost what it had; then each is one
     more than the one before.
     """
     traceparent: _builtins.str
@@ -245,10 +245,12 @@ class PublishQuotesResponse(_message.Message):
     HOLD_FIELD_NUMBER: _builtins.int
     accepted_through: _builtins.int
     """Every batch up to this number is on the bus: subscribers get it and it
-    survives a crash of any process. 0 before the first.
+    survives a crash of the server. 0 before the first. Where the bus itself
+    crashed, the first response can have less than an earlier stream was told:
+    what is beyond it and not durable is lost unless it is sent again.
     """
     durable_through: _builtins.int
-    """Every batch up to this number is committed in the database."""
+    """Every batch up to this number that was sent is committed in the database."""
     next_batch: _builtins.int
     """In the first response only: the number that a feed which keeps no batches of
     its own gives to its next batch.

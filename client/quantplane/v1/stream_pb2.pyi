@@ -58,7 +58,9 @@ class _GapCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GapCause.Val
     its position.
     """
     GAP_CAUSE_BUS_REBUILT: _GapCause.ValueType  # 2
-    """The bus lost its state (its machine or its disk was lost) and started anew."""
+    """The bus lost what the reader had seen last, or all it had: it crashed before
+    its disk had it, or its machine or its disk was lost.
+    """
     GAP_CAUSE_LOG_RESTORED: _GapCause.ValueType  # 3
     """The database was restored to an earlier time: what was delivered since then
     is not in its log.
@@ -72,7 +74,9 @@ GAP_CAUSE_COMPACTED: GapCause.ValueType  # 1
 its position.
 """
 GAP_CAUSE_BUS_REBUILT: GapCause.ValueType  # 2
-"""The bus lost its state (its machine or its disk was lost) and started anew."""
+"""The bus lost what the reader had seen last, or all it had: it crashed before
+its disk had it, or its machine or its disk was lost.
+"""
 GAP_CAUSE_LOG_RESTORED: GapCause.ValueType  # 3
 """The database was restored to an earlier time: what was delivered since then
 is not in its log.

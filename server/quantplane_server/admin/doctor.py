@@ -453,7 +453,7 @@ async def _bus_log(site: BusSite) -> list[Finding]:
         mend = "CONFIG SET appendfsync everysec, and the same in its configuration file"
         return [warn(found, mend)]
     if config["appendfsync"] == "everysec":
-        found += ": losing its machine can cost what was accepted in the last second"
+        found += ": losing its machine can cost the last second, of a slow disk more"
     return [ok(found)]
 
 

@@ -32,8 +32,8 @@ class Valkey(Service):
             "unixsocket": str(self._socket),
             "unixsocketperm": "700",
             "dir": str(data),
-            # It answers after the write, so a kill loses nothing, unless the disk
-            # is so slow that everysec holds the write back; see the README.
+            # It answers after the write, or while a slow disk postpones that: see the
+            # README for what a kill and a power cut can lose.
             "appendonly": "yes",
             "appendfsync": "no" if self.ephemeral else "everysec",
             "save": "",

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+from collections.abc import Iterable, Mapping
 
-from quantplane_server.bus import START, UNAVAILABLE, Bus, Position
+from quantplane_server.bus import UNAVAILABLE, Bus, Position
+from quantplane_server.tasks import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -16,20 +18,31 @@ class Durability:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._recorded: dict[int, Position] = {}
+        self._outage = Outage(logger, "following what is recorded", UNAVAILABLE)
         self.changed: set[asyncio.Event] = set()  # set whenever there is progress
 
-    def covers(self, positions: dict[int, Position]) -> bool:
-        """Tell whether everything up to these positions is committed."""
-        recorded = self._recorded
-        return all(recorded.get(s, START) >= p for s, p in positions.items())
+    def covers(self, positions: Mapping[int, Position]) -> bool:
+        """Tell whether everything up to these positions is committed.
+
+        Not of those of another epoch: the bus may have lost them before they were.
+        """
+        return all(self._covers(s, *place) for s, place in positions.items())
+
+    def outlives(self, places: Iterable[Position]) -> bool:
+        """Tell whether an epoch has begun since these, which are by shard."""
+        known = self._recorded.get
+        return any(known(s, at).epoch > at.epoch for s, at in enumerate(places))
 
     async def run(self) -> None:
         while True:
-            try:
+            with self._outage:
                 async for positions in self._bus.follow_recorded():
+                    self._outage.over()
                     self._recorded.update(positions)
                     for event in self.changed:
                         event.set()
-            except UNAVAILABLE as error:
-                logger.debug("the bus is away, trying again: %s", error)
-                await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(RETRY_S)
+
+    def _covers(self, shard: int, epoch: int, number: int) -> bool:
+        known = self._recorded.get(shard)
+        return known is not None and known.epoch == epoch and known.number >= number

@@ -15,7 +15,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from quantplane import v1 as pb
 from quantplane_server import bus as buses
-from quantplane_server.bus import Bus, FeedLease, Position, Round, shard_of
+from quantplane_server.bus import SHARDS, Bus, FeedLease, Position, Round, shard_of
+from quantplane_server.db import Database
 from quantplane_server.errors import (
     BackendUnavailable,
     Draining,
@@ -24,6 +25,7 @@ from quantplane_server.errors import (
     QuantplaneError,
 )
 from quantplane_server.fanout import framed
+from quantplane_server.market_data import queries
 from quantplane_server.market_data.checks import (
     check_feed,
     check_publish_time,
@@ -44,8 +46,9 @@ Requests = AsyncIterator[pb.PublishQuotesRequest]
 class Feed:
     """One connection of a feed."""
 
-    def __init__(self, bus: Bus, durability: Durability) -> None:
+    def __init__(self, bus: Bus, db: Database, durability: Durability) -> None:
         self._bus = bus
+        self._db = db
         self._durability = durability
         self._name = ""
         self._lease: FeedLease
@@ -68,9 +71,9 @@ class Feed:
         opening = await anext(aiter(requests), pb.PublishQuotesRequest())
         check_feed(opening)
         self._name = opening.feed
-        self._lease = await self._bus.open_feed(opening.feed)
+        self._lease = await self._bus.open_feed(opening.feed, self._recorded)
         self._accepted = self._lease.accepted_through
-        self._undurable.append((self._accepted, self._lease.heads))
+        self._undurable.append((self._accepted, self._lease.held))
         self._note_durable()
         yield self._progress(next_batch=max(self._lease.lasts) + 1)
         self._reading = asyncio.create_task(self._read(requests))
@@ -97,6 +100,10 @@ class Feed:
         if self._hold:
             told.state = pb.SUBSCRIPTION_STATE_HELD
 
+    async def _recorded(self) -> dict[int, Position]:
+        async with self._db.connection() as conn:
+            return await queries.bus_positions(conn, range(SHARDS))
+
     async def _report(
         self, append: asyncio.Task[None]
     ) -> AsyncIterator[pb.PublishQuotesResponse]:
@@ -107,6 +114,8 @@ class Feed:
             self._changed.clear()
             done = append.done()  # before what is told, so that all of it is
             self._note_durable()
+            if self._durability.outlives(self._lease.places):
+                raise BackendUnavailable  # the feed shall ask what the bus still has
             progress = self._progress()
             if progress != told:
                 yield progress

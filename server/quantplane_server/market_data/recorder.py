@@ -156,22 +156,13 @@ class Recorder:
         heads = await self._bus.heads(free)
         for shard in free:
             position = known.get(shard, START)
-            if heads[shard] < position and heads[shard] != START:
-                logger.error(
-                    "shard %d of the bus went back from %s to %s: what was between "
-                    "them and not recorded is lost",
-                    *(shard, position, heads[shard]),
-                )
-                move = Move(shard, position, heads[shard])
-                await queries.move_bus_positions(conn, [move])
-                position = heads[shard]
             self._shards[shard] = _Shard(shard, position)
-            await self._announce(shard, position)
-        if all(self._shards[shard].position == heads[shard] for shard in free):
+            await self._announce(shard, min(position, heads[shard]))
+        if all(self._shards[shard].position >= heads[shard] for shard in free):
             self._outage.over()
 
     async def _announce(self, shard: int, position: Position) -> None:
-        """Tell the position again, in case the last recorder died before it could."""
+        """Tell what is recorded, in case the last recorder died before it could."""
         if position == START:
             return
         before = Position(position.epoch, position.number - 1)
@@ -209,7 +200,7 @@ class Recorder:
 
     async def _commit(self, conn: Connection, batch: _Batch) -> None:
         for shard, first, _ in batch.reach:
-            _warn_of_holes(shard, first.position)
+            _warn_of_holes(shard, first)
         try:
             store = queries.upsert_quotes if self._upserts else queries.copy_quotes
             await self._store(conn, batch, store)
@@ -266,9 +257,10 @@ class Recorder:
         self._room.set()
 
 
-def _warn_of_holes(shard: _Shard, first: Position) -> None:
-    if not shard.position.precedes(first):
+def _warn_of_holes(shard: _Shard, first: Entry) -> None:
+    if shard.position != first.previous:
         logger.error(
-            "shard %d of the bus goes on at %s after %s: what was between them is lost",
-            *(shard.number, first, shard.position),
+            "shard %d of the bus goes on at %s after %s: what followed that one and "
+            "was not recorded is lost",
+            *(shard.number, first.position, shard.position),
         )

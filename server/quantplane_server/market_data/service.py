@@ -68,7 +68,7 @@ class MarketDataService(rpc.MarketDataServiceServicer):
     async def PublishQuotes(
         self, requests: AsyncIterator[pb.PublishQuotesRequest], context: Context
     ) -> AsyncIterator[pb.PublishQuotesResponse]:
-        feed = Feed(self._bus, self._durability)
+        feed = Feed(self._bus, self._db, self._durability)
         with self._streams.held(feed):
             async for progress in feed.run(requests):
                 yield progress

@@ -12,7 +12,7 @@ double anything at, and a reader that overflows simply goes back one step.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from datetime import timedelta
 from hashlib import blake2b
 from time import time
@@ -21,7 +21,7 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from quantplane import v1 as pb
-from quantplane_server.bus import START, Bus, Entry, Position
+from quantplane_server.bus import START, Bus, Entry, Position, unbroken
 from quantplane_server.checks import seconds, time_us
 from quantplane_server.db import Database
 from quantplane_server.errors import Compacted, InvalidResumeToken, QuantplaneError
@@ -211,10 +211,7 @@ class Subscription:
         if payload is None:
             raise InvalidResumeToken
         self._place = Place.decode(payload)
-        for shard, there in self._place.delivered.items():
-            head = heads[shard]
-            if there > head or (there.epoch != head.epoch and there != START):
-                raise Compacted(pb.GAP_CAUSE_BUS_REBUILT, oldest=head)
+        self._check_place(heads)
 
     async def _present(
         self, symbols: list[str], records: dict[bytes, bytes]
@@ -334,6 +331,7 @@ class Subscription:
         present = set(self._symbols)
         added = [symbol for symbol in symbols if symbol not in present]
         positions, records = await self._bus.snapshot(s.encode() for s in added)
+        self._check_place(positions)
         for shard in positions.keys() & self._place.delivered.keys():
             async for message in self._bring_to(shard, positions[shard]):
                 yield message
@@ -380,11 +378,21 @@ class Subscription:
 
     async def _read(self, shard: int, after: Position) -> list[Entry]:
         """Read on from a position that is behind the head. Raises Compacted."""
-        entries = await self._bus.read(shard, after)
-        if not entries or not after.precedes(entries[0].position):
-            oldest = entries[0].position if entries else "none"
-            raise Compacted(pb.GAP_CAUSE_COMPACTED, oldest=oldest)
-        return entries
+        found = await self._bus.read(shard, after)
+        entries = [*unbroken(after, found)]
+        if entries:
+            return entries
+        if found and after < found[0].previous:
+            raise Compacted(pb.GAP_CAUSE_COMPACTED, oldest=found[0].position)
+        # It has seen what the bus has lost.
+        oldest = found[0].position if found else "none"
+        raise Compacted(pb.GAP_CAUSE_BUS_REBUILT, oldest=oldest)
+
+    def _check_place(self, heads: Mapping[int, Position]) -> None:
+        """Find out whether it has seen more than there is. Raises Compacted."""
+        for shard, there in self._place.delivered.items():
+            if there > heads.get(shard, there):
+                raise Compacted(pb.GAP_CAUSE_BUS_REBUILT, oldest=heads[shard])
 
     def _behind(self) -> list[int]:
         """Return the shards in which the fan-out is further than the reader."""

@@ -1,0 +1,201 @@
+"""The bus when its process starts again, with the last of what it had or without."""
+
+from collections.abc import AsyncIterator
+from functools import partial
+from importlib.resources import files
+
+import pytest
+import redis.asyncio as redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from quantplane_server.bus import (
+    START,
+    Bus,
+    FeedLease,
+    Forgotten,
+    Mark,
+    Position,
+    Replaced,
+    Round,
+    shard_of,
+    unbroken,
+)
+from quantplane_server.fanout import framed
+
+CAP = 1 << 20
+KEY = b"A"
+SHARD = shard_of(KEY)
+RECORD = framed(b"x")
+
+
+@pytest.fixture
+async def bus(redis_url: str) -> AsyncIterator[Bus]:
+    bus = Bus(redis_url, CAP)
+    await bus.open()
+    yield bus
+    await bus.close()
+
+
+@pytest.fixture
+async def valkey(redis_url: str) -> AsyncIterator[redis.Redis]:
+    async with redis.Redis.from_url(redis_url) as valkey:
+        yield valkey
+
+
+async def append(bus: Bus, lease: FeedLease, batch: int = 1) -> Position:
+    batches = Round(batch, {SHARD: batch}, {SHARD: {KEY: [RECORD]}})
+    return (await bus.append(lease, batches, batch - 1))[SHARD]
+
+
+async def kept(valkey: redis.Redis) -> dict[bytes, bytes]:
+    """Return what the disk has: every key as it is now."""
+    return {key: await valkey.dump(key) for key in await valkey.keys()}
+
+
+async def start_again(valkey: redis.Redis, disk: dict[bytes, bytes]) -> None:
+    """Make of Valkey what a new process makes of its disk: keys and functions."""
+    functions = await valkey.function_dump()
+    await valkey.flushall()
+    await valkey.execute_command("FUNCTION", "RESTORE", functions, "FLUSH")
+    for key, value in disk.items():
+        await valkey.restore(key, 0, value)
+
+
+# Is the bus flushed first, how many entries are appended and kept, how many and lost,
+# and, from 1 on, how many of these are in the database.
+few = st.integers(0, 3)
+lives = st.tuples(st.booleans(), few, few, few)
+
+
+async def position(stored: list[Position]) -> dict[int, Position]:
+    return {SHARD: stored[-1]} if stored else {}
+
+
+nothing = partial(position, [])
+
+
+async def recorded(bus: Bus) -> Position:
+    return (await anext(bus.follow_recorded()))[SHARD]
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.lists(lives, max_size=6))
+async def test_who_goes_on_misses_nothing_that_there_is_and_gets_nothing_twice(
+    bus: Bus, valkey: redis.Redis, lives: list[tuple[bool, int, int, int]]
+):
+    await valkey.flushall()
+    seen: list[list[Position]] = [[]]  # what readers have that once were at the head
+    there: list[Position] = []  # on the bus, or in the database
+    stored: list[Position] = []  # in the database
+
+    async def opened() -> FeedLease:
+        lease = await bus.open_feed("feed", partial(position, stored))
+        if stored and (not there or stored[-1] > there[-1]):
+            there[:] = stored
+        return lease
+
+    for rebuilt, keep, lose, store in lives:
+        if rebuilt:
+            await valkey.flushall()
+            there = []
+        lease = await opened()
+        last = lease.lasts[SHARD]
+        for batch in range(last + 1, last + 1 + keep):
+            there.append(await append(bus, lease, batch))
+            seen.append([*there])
+        disk, alive = await kept(valkey), [*there]
+        for batch in range(last + 1 + keep, last + 1 + keep + lose):
+            alive.append(await append(bus, lease, batch))
+            seen.append([*alive])
+        if store:
+            stored = max(stored, alive[: len(there) + store - 1])
+        await start_again(valkey, disk)
+    lease = await opened()
+    there.append(await append(bus, lease, lease.lasts[SHARD] + 1))
+    assert there == sorted(set(there))
+    here = [entry.position for entry in await bus.read(SHARD, START)]
+    assert {*here, *stored} == {*there}
+    assert here[-1] == (await bus.heads([SHARD]))[SHARD]
+    for had in seen:
+        at = had[-1] if had else START
+        left = await bus.read(SHARD, at)
+        following = [entry.position for entry in left]
+        assert (had + following == there) == ([*unbroken(at, left)] == left)
+        before = await recorded(bus)
+        await bus.mark_recorded([Mark(SHARD, at, 0)])
+        after = await recorded(bus)
+        assert after.number == (len(had) if at in here else before.number)
+
+
+async def test_a_session_is_forgotten_when_the_process_starts_again(
+    bus: Bus, valkey: redis.Redis
+):
+    lease = await bus.open_feed("feed", nothing)
+    await append(bus, lease)
+    await start_again(valkey, await kept(valkey))
+    with pytest.raises(Forgotten):
+        await append(bus, lease, 2)
+    again = await bus.open_feed("feed", nothing)
+    assert again.lasts[SHARD] == 1
+    await append(bus, again, 2)
+
+
+async def test_a_session_that_was_lost_is_not_taken_for_the_next_one(
+    bus: Bus, valkey: redis.Redis
+):
+    await bus.open_feed("feed", nothing)
+    disk = await kept(valkey)
+    lost = await bus.open_feed("feed", nothing)
+    await start_again(valkey, disk)
+    again = await bus.open_feed("feed", nothing)
+    assert not set(lost.sessions) & set(again.sessions)
+    with pytest.raises(Forgotten):
+        await append(bus, lost)
+
+
+async def test_a_newer_session_replaces_one(bus: Bus):
+    lease = await bus.open_feed("feed", nothing)
+    await bus.open_feed("feed", nothing)
+    with pytest.raises(Replaced):
+        await append(bus, lease)
+
+
+async def test_what_is_noted_of_a_batch_that_is_lost_counts_for_nothing(
+    bus: Bus, valkey: redis.Redis
+):
+    lease = await bus.open_feed("feed", nothing)
+    await append(bus, lease)
+    disk = await kept(valkey)
+    await append(bus, lease, 2)
+    await start_again(valkey, disk)
+    await bus.note_accepted(lease, SHARD, 2)
+    assert (await bus.open_feed("feed", nothing)).accepted_through == 0
+
+
+async def test_another_process_that_opens_the_bus_changes_nothing(
+    bus: Bus, redis_url: str
+):
+    lease = await bus.open_feed("feed", nothing)
+    another = Bus(redis_url, CAP)
+    await another.open()
+    await append(bus, lease)
+    assert (await another.open_feed("other", nothing)).places[SHARD].epoch == (
+        lease.places[SHARD].epoch
+    )
+    await another.close()
+
+
+async def test_another_version_of_the_library_is_replaced(
+    bus: Bus, valkey: redis.Redis
+):
+    (before,) = await valkey.function_list("quantplane", withcode=True)
+    source = files("quantplane_server").joinpath("bus.lua").read_text()
+    await valkey.function_load(source + "\n-- another", replace=True)
+    await bus.open()
+    (after,) = await valkey.function_list("quantplane", withcode=True)
+    assert after == before
