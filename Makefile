@@ -16,7 +16,7 @@ run: setup
 
 # What is killed and restarted comes by itself: it waits more than it works.
 test: setup
-	$(BIN)/pytest -n 2 --dist worksteal --ignore tests/faults
+	$(BIN)/pytest -n 3 --dist worksteal --ignore tests/faults
 	$(BIN)/pytest -n 2 --dist worksteal tests/faults
 
 check: setup

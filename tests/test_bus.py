@@ -14,6 +14,7 @@ from quantplane_server.bus import (
     Bus,
     FeedLease,
     Forgotten,
+    Full,
     Mark,
     Position,
     Replaced,
@@ -199,3 +200,30 @@ async def test_another_version_of_the_library_is_replaced(
     await bus.open()
     (after,) = await valkey.function_list("quantplane", withcode=True)
     assert after == before
+
+
+async def test_a_bus_without_memory_is_full_until_what_is_recorded_is_removed(
+    bus: Bus, valkey: redis.Redis
+):
+    lease = await bus.open_feed("feed", nothing)
+    epoch, number = position = await append(bus, lease)
+    await valkey.config_set("maxmemory", 1)
+    try:
+        lease = await bus.open_feed("feed", nothing)
+        await bus.note_accepted(lease, SHARD, 1)
+        with pytest.raises(Full):
+            await append(bus, lease, 2)
+        after = Position(epoch, number + 1)
+        await bus.mark_recorded([Mark(SHARD, position, 0, trim_before=after)])
+    finally:
+        await valkey.config_set("maxmemory", 0)
+    assert not await bus.read(SHARD, START)
+    await append(bus, lease, 2)
+
+
+async def test_a_feed_that_sends_nothing_is_forgotten_some_day(
+    bus: Bus, valkey: redis.Redis
+):
+    await bus.open_feed("feed", nothing)
+    keys = await valkey.keys("*:feed:*")
+    assert keys and all([await valkey.ttl(key) > 0 for key in keys])

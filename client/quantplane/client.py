@@ -181,7 +181,7 @@ class Client:
         A feed that goes on where it stopped, or may be replaced by another
         process, needs a name; without one it gets a new name each time.
         """
-        publisher = QuotePublisher(self._known, feed)
+        publisher = QuotePublisher(self._channel, self._known, feed)
         self._streams.add(publisher)
         return publisher
 

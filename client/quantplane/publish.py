@@ -15,9 +15,10 @@ from typing import Any, Self
 import grpc
 
 from quantplane import v1 as pb
-from quantplane.credentials import is_renewed, shown_by
+from quantplane.credentials import KnownChannel, is_renewed, shown_by
 from quantplane.errors import describe, is_transient, metadata_of
 from quantplane.follow import Backoff
+from quantplane.reaching import say_when_cut_off
 from quantplane.tracing import PublisherTrace
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,9 @@ class QuotePublisher:
     MAX_KEPT_BYTES = 64 * 1024 * 1024  # oldest, which it then can't send again
     TRACE_S = 10.0  # between two batches that have a span, where there is tracing
 
-    def __init__(self, channel: grpc.aio.Channel, feed: str | None = None) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, known: KnownChannel, feed: str | None = None
+    ) -> None:
         self.feed = feed or uuid.uuid4().hex
         self.reconnects = 0
         self.lost = 0
@@ -88,7 +91,8 @@ class QuotePublisher:
         # bound in bytes is exact.
         name = f"{pb.Quote.DESCRIPTOR.file.package}.MarketDataService/PublishQuotes"
         self._trace = PublisherTrace(name, self.TRACE_S)
-        self._method: Any = channel.stream_stream(
+        self._channel = channel
+        self._method: Any = known.stream_stream(
             f"/{name}",
             response_deserializer=pb.PublishQuotesResponse.FromString,
         )
@@ -233,8 +237,12 @@ class QuotePublisher:
         shown = shown_by(self._method)
         call = self._method(wait_for_ready=True)
         writer = asyncio.create_task(self._write(call))
+        saying = asyncio.create_task(
+            say_when_cut_off(self._channel, logger, f"feed {self.feed}")
+        )
         try:
             while response := await call.read():
+                saying.cancel()
                 self._was_let_in = True
                 if response.accepted_through > self._accepted_through:
                     backoff.reset()
@@ -248,8 +256,9 @@ class QuotePublisher:
         finally:
             self._unwritten = None
             call.cancel()
-            writer.cancel()
-            await asyncio.wait([writer])
+            for task in (saying, writer):
+                task.cancel()
+            await asyncio.wait([saying, writer])
         return "the server ended the stream"
 
     async def _write(self, call: Any) -> None:

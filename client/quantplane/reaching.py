@@ -1,5 +1,6 @@
 """Why a server can't be reached, which calls that wait for it never tell."""
 
+import logging
 from typing import Any
 
 import grpc
@@ -24,3 +25,15 @@ async def why_cut_off(channel: grpc.aio.Channel) -> str:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
             return explain(error) or describe(error)
     return ""
+
+
+async def say_when_cut_off(
+    channel: grpc.aio.Channel, logger: logging.Logger, who: str
+) -> None:
+    """Return once it is said that the server can't be reached, and why."""
+    while True:
+        state = channel.get_state()
+        if is_cut_off(channel) and (why := await why_cut_off(channel)):
+            logger.warning("%s: the server can't be reached: %s", who, why)
+            return
+        await channel.wait_for_state_change(state)

@@ -10,6 +10,8 @@
 --   latest  hash: key -> its last record
 --   feed    hash per feed: session, last (batch here), through (accepted everywhere)
 
+local FEED_TTL_S = 30 * 24 * 3600 -- unheard of for so long, it numbers anew
+
 -- Before its first entry a shard is at 0-0, whatever its epoch.
 local function head(meta)
   local state = redis.call('HMGET', meta, 'epoch', 'number')
@@ -69,6 +71,7 @@ local function open_feed(keys, args)
   local state = redis.call('HMGET', feed, 'session', 'last', 'through')
   local session = epoch .. '-' .. string.match(state[1] or '0', '%d+$') + 1
   redis.call('HSET', feed, 'session', session)
+  redis.call('EXPIRE', feed, FEED_TTL_S)
   local place = epoch .. '-' .. redis.call('HGET', meta, 'number')
   return {session, tonumber(state[2] or 0), tonumber(state[3] or 0), place}
 end
@@ -128,19 +131,17 @@ local function append_entry(keys, args, at, count, terms)
   redis.call('HSET', latest, unpack(values))
   redis.call('HSET', meta, 'epoch', epoch, 'number', number, 'appended', fields[2])
   redis.call('HSET', feed, 'last', terms.last, 'through', terms.through)
-  redis.call('EXPIRE', feed, terms.ttl)
+  redis.call('EXPIRE', feed, FEED_TTL_S)
   return {'APPENDED', position}
 end
 
 -- Appends a round to its shards. KEYS per shard: meta stream latest feed
--- ARGV last through cap_bytes feed_ttl_s, then per shard: session first count, and
+-- ARGV last through cap_bytes, then per shard: session first count, and
 -- count times: key, its records but the last, its last record
 -- -> per shard: status, position
 local function append(keys, args)
-  local terms = {
-    last = args[1], through = args[2], cap = tonumber(args[3]), ttl = args[4]
-  }
-  local replies, at = {}, 5
+  local terms = {last = args[1], through = args[2], cap = tonumber(args[3])}
+  local replies, at = {}, 4
   for i = 1, #keys, 4 do
     local count = tonumber(args[at + 2])
     local shard = {keys[i], keys[i + 1], keys[i + 2], keys[i + 3]}
@@ -204,13 +205,22 @@ local function backlog(keys)
   return {appended, recorded, stamp}
 end
 
-redis.register_function('quantplane_open_feed', open_feed)
 redis.register_function('quantplane_append', append)
-redis.register_function('quantplane_note_accepted', note_accepted)
+-- Without memory only appending ends: feeds come, and wait for what frees some.
+redis.register_function{
+  function_name = 'quantplane_open_feed', callback = open_feed, flags = {'allow-oom'}
+}
+redis.register_function{
+  function_name = 'quantplane_note_accepted', callback = note_accepted,
+  flags = {'allow-oom'}
+}
+redis.register_function{
+  function_name = 'quantplane_mark_recorded', callback = mark_recorded,
+  flags = {'allow-oom'}
+}
 redis.register_function{
   function_name = 'quantplane_snapshot', callback = snapshot, flags = {'no-writes'}
 }
-redis.register_function('quantplane_mark_recorded', mark_recorded)
 redis.register_function{
   function_name = 'quantplane_recorded', callback = recorded, flags = {'allow-oom'}
 }

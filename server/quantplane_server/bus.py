@@ -30,7 +30,12 @@ import redis.asyncio as redis
 from google.protobuf.timestamp_pb2 import Timestamp
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError, ResponseError, TimeoutError
+from redis.exceptions import (
+    ConnectionError,
+    OutOfMemoryError,
+    ResponseError,
+    TimeoutError,
+)
 
 from quantplane_server.stamps import stamped
 from quantplane_server.telemetry import tracing
@@ -39,7 +44,6 @@ from quantplane_server.telemetry.statements import Commands
 SHARDS = 4  # each costs every round something; a Redis Cluster can use as many masters
 UNAVAILABLE: tuple[type[Exception], ...] = (ConnectionError, TimeoutError)
 
-FEED_TTL_S = 30 * 24 * 3600  # a feed unheard of for so long starts its numbers anew
 PAGE_ENTRIES = 64  # read per round trip by a reader that catches up
 BLOCK_S = 5.0
 TIMEOUT_S = 5.0
@@ -143,7 +147,7 @@ class Backlog(NamedTuple):
 
 
 class Full(Exception):
-    """The bus holds as much as it may that the database does not have."""
+    """The bus has no room, or as much as it may that the database does not have."""
 
 
 class Replaced(Exception):
@@ -244,7 +248,7 @@ class Bus:
         again is safe. Raises Full, Replaced or Forgotten; some shards may have it.
         """
         keys: list[str] = []
-        args: list[Any] = [batches.last, through, self._cap_bytes, FEED_TTL_S]
+        args: list[Any] = [batches.last, through, self._cap_bytes]
         stamp = stamped(batches.publish_time, batches.traceparent)
         for shard, parts in batches.parts.items():
             keys += _keys(shard, "meta", "stream", "latest", f"feed:{lease.name}")
@@ -254,7 +258,10 @@ class Bus:
                 args += [key, b"".join(records[:-1]), records[-1]]
         if not keys:
             return {}
-        (replies,) = await self._calls([("quantplane_append", keys, args)])
+        try:
+            (replies,) = await self._calls([("quantplane_append", keys, args)])
+        except OutOfMemoryError:
+            raise Full from None
         positions = {}
         full = False
         for shard, (status, position) in zip(batches.parts, replies, strict=True):

@@ -211,14 +211,15 @@ async def serving(settings: Settings, share_port: bool = False) -> AsyncIterator
         looking = (health.run(), subscribers.run())
         await stack.enter_async_context(_background(*work, *identity, *looking))
         address = _bind(server, settings)
+        looks = of_server(process, bus, logs, subscribers)
+        endpoint = settings.metrics_address()
+        # Around the end too: who looks then sees what is drained.
+        await stack.enter_async_context(
+            metrics.exposed(endpoint, "quantplane-server", looks)
+        )
         await server.start()
         try:
-            async with metrics.exposed(
-                settings.metrics_address(),
-                "quantplane-server",
-                of_server(process, bus, logs, subscribers),
-            ):
-                yield address
+            yield address
         finally:
             health.drain()
             for each in (streams, askers):

@@ -11,6 +11,7 @@ and whenever the bus was away. A reader is shown nothing older than its request.
 
 import asyncio
 import logging
+import math
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -22,6 +23,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeAlias
@@ -59,12 +61,13 @@ class Part(NamedTuple):
     rest_s: float = 0.0  # read again at the earliest after
 
 
-class Version(NamedTuple):
+@dataclass
+class Version:
     """A state at one time."""
 
     state: State
     digest: bytes
-    read_at: float = 0.0  # by the event loop's clock, when it was first like that
+    replaced_at: float = math.inf  # by a newer one, by the event loop's clock
 
 
 class Watched:
@@ -119,8 +122,8 @@ class Watched:
         else:
             self.error = None
             if (digest := _digest(state)) != self.version.digest:
-                now = asyncio.get_running_loop().time()
-                self.version = Version(state, digest, now)
+                self.version.replaced_at = asyncio.get_running_loop().time()
+                self.version = Version(state, digest)
 
 
 class Watches:
@@ -213,7 +216,7 @@ class WatchStream:
         if not self._sent:
             told.state = pb.SUBSCRIPTION_STATE_STARTING
         missing = [
-            one.version.read_at
+            sent.replaced_at
             for one, sent in zip(self._watched, self._sent, strict=False)
             if one.version.digest != sent.digest
         ]
@@ -270,6 +273,7 @@ class WatchStream:
             if one.error and not isinstance(one.error, AWAY):
                 raise one.error
             if one.version.digest == self._sent[number].digest:
+                self._sent[number] = one.version
                 continue
             sent, state = self._sent[number].state, one.version.state
             self._sent[number] = one.version

@@ -210,7 +210,7 @@ async def append(valkey: Any, made: pb.Quote, *stamp: bytes) -> None:
     fields = [symbol, b"", framed(made.SerializeToString())]
     for each in stamp:
         fields += [STAMP, b"", each]
-    terms = (1, 0, 1 << 20, 60)
+    terms = (1, 0, 1 << 20)
     await valkey.fcall(
         *("quantplane_append", 4, *keys, *terms),
         *(session, 1, len(fields) // 3, *fields),

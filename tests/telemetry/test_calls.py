@@ -12,6 +12,7 @@ from quantplane import Client, sync
 from quantplane import v1 as pb
 from quantplane_server.config import Settings
 from quantplane_server.orders import writer
+from tests.faults import until
 from tests.identity.desk import HASH, PASSWORD
 from tests.models import heston
 from tests.options import chain
@@ -227,29 +228,68 @@ async def test_a_command_of_redis_says_what_it_does(client: Client, receiver: Re
     assert command.attributes["db.stored_procedure.name"] == "quantplane_snapshot"
 
 
+class Gate:
+    """Keeps orders from being written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._open = asyncio.Event()
+        self._writer: Any = None
+        commit = writer.Writer._commit
+
+        async def held(writer: Any, commands: Any, taken: bool) -> Any:
+            self._writer = writer
+            await self._open.wait()
+            return await commit(writer, commands, taken)
+
+        monkeypatch.setattr(writer.Writer, "_commit", held)
+
+    async def reached(self) -> None:
+        await until(lambda: self._writer, "an order to be written")
+
+    async def waiting(self, count: int) -> None:
+        """Return once so many orders wait for those that are held."""
+        waiting = self._writer._rounds._waiting
+        await until(lambda: len(waiting) == count, f"{count} orders to wait")
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
 async def test_orders_that_share_a_transaction_share_its_span(
-    client: Client, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    client: Client, receiver: Receiver, gate: Gate
 ):
-    both = asyncio.Event()
-    commit = writer.Writer._commit
-
-    async def slowly(self: Any, commands: Any, taken: bool) -> Any:
-        await both.wait()
-        return await commit(self, commands, taken)
-
-    monkeypatch.setattr(writer.Writer, "_commit", slowly)
     first = asyncio.create_task(submit(client))
-    while not first.done():
-        others = [asyncio.create_task(submit(client)) for _ in range(3)]
-        await asyncio.sleep(0.5)
-        both.set()
-        await asyncio.gather(first, *others)
+    await gate.reached()
+    others = [asyncio.create_task(submit(client)) for _ in range(3)]
+    await gate.waiting(3)
+    gate.open()
+    await asyncio.gather(first, *others)
     calls = await receiver.some("OrderService/SubmitOrder", 4)
     _, together = await receiver.some("write orders", 2)
     assert len({call.trace for call in calls}) == 4
     assert len(together.links) == 2
     assert {together.parent, *together.links} < {call.id for call in calls}
     assert "INSERT order_keys" in [one.name for one in receiver.children(together)]
+
+
+async def test_an_order_that_is_not_sampled_is_written_in_nobodys_trace(
+    client: Client, receiver: Receiver, gate: Gate
+):
+    first = asyncio.create_task(submit(client))
+    await gate.reached()
+    request = pb.SubmitOrderRequest(order=new_order())
+    silent = client.order.SubmitOrder(request, metadata=under("00"))
+    await gate.waiting(1)
+    gate.open()
+    await asyncio.gather(first, silent)
+    await client.auth.WhoAmI(pb.WhoAmIRequest())
+    await receiver.one("AuthService/WhoAmI")
+    assert len(receiver.named("INSERT order_keys")) == 1
 
 
 async def test_who_waits_for_a_connection_shows_it(

@@ -251,7 +251,7 @@ async def test_spans_are_sent_again_once_somebody_takes_them(
                 await client.auth.WhoAmI(pb.WhoAmIRequest())
                 await asyncio.sleep(0.05)
             await receiver.until(lambda: tracing.sent() > 0, "span")
-    said = [record.getMessage() for record in caplog.records]
+            said = [record.getMessage() for record in caplog.records]
     assert said[0].startswith("spans can't be sent to 127.0.0.1")
     assert said[1].startswith("spans are sent again, after")
     assert len([line for line in said if "can't be sent" in line]) == 1

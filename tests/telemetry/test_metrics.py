@@ -15,16 +15,19 @@ from quantplane import v1 as pb
 from quantplane_server.config import Settings
 from quantplane_server.db import Database
 from quantplane_server.main import recording, serving
+from quantplane_server.rpc.health import check
 from quantplane_server.telemetry import endpoint
 from quantplane_server.telemetry.metrics import CALL_DURATION, Instrument
 from tests.market_data import Sender, quotes, until
 from tests.orders import UNKNOWN_ID, fill, new_order, open_order, submit
 from tests.telemetry.scraping import (
+    TICK_S,
     Measured,
     Page,
     accepted,
     feed,
     fill_up,
+    free_ports,
     measured,
     publish,
     reader,
@@ -341,6 +344,35 @@ async def test_without_an_address_nothing_is_measured(settings: Settings):
     async with serving(settings) as target, Client(target) as client:
         await client.market_data.ListSymbols(pb.ListSymbolsRequest())
         assert not CALL_DURATION.on
+
+
+async def test_a_server_is_measured_while_it_drains(settings: Settings):
+    ports = free_ports()
+    settings.metrics_listen = f"127.0.0.1:{ports[0]}"
+    started, stop = asyncio.get_running_loop().create_future(), asyncio.Event()
+
+    async def serve() -> None:
+        async with serving(settings) as target:
+            started.set_result(target)
+            await stop.wait()
+
+    server = asyncio.create_task(serve())
+    target = await started
+    conn = await asyncpg.connect(settings.postgres_dsn)
+    async with Client(target) as client:
+        desk = Measured(client, target, settings, ports)
+        async with conn.transaction():
+            await conn.execute("LOCK TABLE market_data")
+            request = pb.ListSymbolsRequest()
+            asking = asyncio.ensure_future(client.market_data.ListSymbols(request))
+            await desk.until(lambda page: page["quantplane_calls"] == 1)
+            stop.set()
+            while await check(target) == "SERVING":
+                await asyncio.sleep(TICK_S)
+            assert (await desk.page())["quantplane_calls"] == 1
+        await asking
+    await server
+    await conn.close()
 
 
 async def test_a_port_that_is_taken_is_told(settings: Settings):

@@ -267,6 +267,22 @@ async def test_signals_are_delivered_in_the_trace_of_their_publication(
     assert (delivered.trace, delivered.parent) == (served.trace, served.id)
 
 
+async def test_a_signal_is_executed_in_the_trace_of_the_fill(
+    client: Client, receiver: Receiver
+):
+    (made,) = await publish(client, signal())
+    order = await submit(client, signal_id=made.signal_id)
+    request = pb.WatchSignalsRequest()
+    async with client.follow(client.signal.WatchSignals, request) as stream:
+        await until(stream, "snapshot_complete")
+        await fill(client, order, 1)
+        (event,) = (await until(stream, "data")).events
+    booked = await receiver.one("BrokerService/ReportExecutions")
+    assert event.type == pb.SIGNAL_EVENT_TYPE_EXECUTED
+    assert (event.trace_id, event.span_id) == (booked.trace, booked.id)
+    assert event.actor == "server"  # and in no user's name
+
+
 async def test_a_stream_without_a_response_has_a_short_span_too(
     client: Client, receiver: Receiver
 ):

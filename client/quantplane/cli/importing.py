@@ -211,6 +211,11 @@ class Tally:
     def sent(self, batch: int, rows: int) -> None:
         self._sent.append((batch, rows))
 
+    @property
+    def left(self) -> int:
+        """How many rows are good, and not done."""
+        return self.report.read - self.report.refused - self.done
+
     def settle(self, through: int) -> None:
         """Count the rows of every batch up to this number as done."""
         while self._sent and self._sent[0][0] <= through:
@@ -245,7 +250,7 @@ def import_file(
     finally:
         if tally.begun:
             _summarise(tally, words)
-    if tally.report.refused:
+    if tally.report.refused or tally.left:
         raise typer.Exit(FAILED)
 
 
@@ -257,13 +262,12 @@ def _summarise(tally: Tally, words: Words) -> None:
         say(f"... and {more:,} more")
     if report.refused and words.if_refused:
         say(words.if_refused)
-    left = report.read - report.refused - tally.done
     chains = f" in {tally.chains:,} chain{'s' * (tally.chains > 1)}"
     typer.echo(
         f"{report.read:,} {words.rows} read, {tally.done:,} {words.done}"
         + (chains if tally.chains else "")
         + f", {report.refused:,} refused"
-        + (f", {left:,} not {words.done}" if left else "")
+        + (f", {tally.left:,} not {words.done}" if tally.left else "")
     )
 
 

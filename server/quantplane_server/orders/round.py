@@ -73,7 +73,7 @@ class Round:
         self._created: list[Key] = []
         self._changed: set[str] = set()
         self._signals: dict[str, pb.Signal] = {}
-        self._executed: set[str] = set()  # signals
+        self._executed: dict[str, Origin] = {}  # signals, by what executed them
         self._known = Executions()
         self._events: list[pb.OrderEvent] = []
         self._booked: list[tuple[pb.OrderEvent, list[pb.Execution]]] = []
@@ -283,7 +283,7 @@ class Round:
         event.broker_time.CopyFrom(report.time)
         self._booked.append((event, executions))
         if order.signal_id and kind == pb.ORDER_EVENT_TYPE_TRADE:
-            self._executed.add(order.signal_id)
+            self._executed.setdefault(order.signal_id, fill.origin)
         return Done(after, duplicate=False)
 
     def _order(self, order_id: str) -> pb.Order:
@@ -326,9 +326,15 @@ class Round:
             first = await queries.store(self._conn, self._created, changed, events)
             self.appended.append((queries.LOG, first, events))
         if executed:
-            events = log_events(pb.SIGNAL_EVENT_TYPE_EXECUTED, executed, SERVER)
+            events = list(map(self._executed_event, executed))
             first = await logs.append(self._conn, "signals", events)
             self.appended.append(("signals", first, events))
+
+    def _executed_event(self, signal: pb.Signal) -> logs.Event:
+        """Return the event of a signal: the server did it, in the trace of a fill."""
+        origin = self._executed[signal.signal_id]._replace(actor=SERVER.actor)
+        (event,) = log_events(pb.SIGNAL_EVENT_TYPE_EXECUTED, [signal], origin)
+        return event
 
 
 def _limited(bounds: Bounds) -> list[str]:
