@@ -2,13 +2,14 @@
 
 from collections.abc import AsyncIterator
 from functools import partial
-from importlib.resources import files
+from time import time
 
 import pytest
 import redis.asyncio as redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quantplane_server import bus as buses
 from quantplane_server.bus import (
     START,
     Bus,
@@ -55,12 +56,12 @@ async def kept(valkey: redis.Redis) -> dict[bytes, bytes]:
 
 
 async def start_again(valkey: redis.Redis, disk: dict[bytes, bytes]) -> None:
-    """Make of Valkey what a new process makes of its disk: keys and functions."""
-    functions = await valkey.function_dump()
+    """Make of Valkey what a new process makes of its disk."""
     await valkey.flushall()
-    await valkey.execute_command("FUNCTION", "RESTORE", functions, "FLUSH")
     for key, value in disk.items():
         await valkey.restore(key, 0, value)
+    for meta in await valkey.keys("*:meta"):
+        await valkey.hset(meta, "run", "that of before")
 
 
 # Is the bus flushed first, how many entries are appended and kept, how many and lost,
@@ -178,6 +179,16 @@ async def test_what_is_noted_of_a_batch_that_is_lost_counts_for_nothing(
     assert (await bus.open_feed("feed", nothing)).accepted_through == 0
 
 
+async def test_positions_go_on_beyond_the_database_whatever_the_clock_says(bus: Bus):
+    ahead = Position(int(time() * 1000) + 10**9, 5)
+    lease = await bus.open_feed("feed", partial(position, [ahead]))
+    at = await append(bus, lease)
+    (entry,) = await bus.read(SHARD, START)
+    assert at > ahead
+    assert (entry.position, entry.previous) == (at, ahead)
+    assert await append(bus, lease, 2) == Position(at.epoch, at.number + 1)
+
+
 async def test_another_process_that_opens_the_bus_changes_nothing(
     bus: Bus, redis_url: str
 ):
@@ -191,15 +202,24 @@ async def test_another_process_that_opens_the_bus_changes_nothing(
     await another.close()
 
 
-async def test_another_version_of_the_library_is_replaced(
-    bus: Bus, valkey: redis.Redis
+async def test_servers_of_two_versions_share_the_bus(
+    bus: Bus, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ):
-    (before,) = await valkey.function_list("quantplane", withcode=True)
-    source = files("quantplane_server").joinpath("bus.lua").read_text()
-    await valkey.function_load(source + "\n-- another", replace=True)
-    await bus.open()
-    (after,) = await valkey.function_list("quantplane", withcode=True)
-    assert after == before
+    lease = await bus.open_feed("feed", nothing)
+    await append(bus, lease)
+    newer = buses._source() + "\n-- newer"
+    monkeypatch.setattr(buses, "_source", lambda: newer)
+    another = Bus(redis_url, CAP)
+    await another.open()
+    assert another.library != bus.library
+    others = await another.open_feed("other", nothing)
+    await append(another, others)
+    await append(bus, lease, 2)
+    await append(another, others, 2)
+    positions = [entry.position for entry in await bus.read(SHARD, START)]
+    assert [number for _, number in positions] == [1, 2, 3, 4]
+    assert len({epoch for epoch, _ in positions}) == 1
+    await another.close()
 
 
 async def test_a_bus_without_memory_is_full_until_what_is_recorded_is_removed(

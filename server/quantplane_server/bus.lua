@@ -2,8 +2,9 @@
 
 -- The steps on the bus that must be atomic. One shard is:
 --   meta    hash: epoch, number (of the last entry), begun (the epoch of what comes),
---           appended (bytes, ever), recorded (bytes of these that the database has),
---           position (recorded)
+--           run (the process in which it began), joined (the epoch that goes on after
+--           what the database has), appended (bytes, ever), recorded (bytes of these
+--           that the database has), position (recorded)
 --   stream  entries <epoch>-<number>, numbered without gaps; field "" holds the
 --           `appended` of its entry, field "\0" its stamp, field "\1" the entry before
 --           it where an epoch begins, every other field is a key with its records
@@ -19,34 +20,33 @@ local function head(meta)
   return state[1] .. '-' .. state[2]
 end
 
--- The epochs that began in this process, by shard. They are in its memory only, which
--- is the point: one that starts again may have lost the end of what was there, and can't
--- tell.
-local begun = {}
+local run -- how the process names itself, anew at each start
+
+local function process()
+  run = run or string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+  return run
+end
 
 -- Returns the epoch of what is appended now: the time in ms at which the shard was
--- created, or first touched after the process started. So entries that were lost never
--- share a position with those that came after them.
+-- created, or first touched after the process started. One that starts again may have
+-- lost the end of what was there, and can't tell; so what was lost never shares a
+-- position with what came after it.
 local function epoch_of(meta)
-  local known = redis.call('HMGET', meta, 'begun', 'epoch')
-  local last = math.max(tonumber(known[1] or 0), tonumber(known[2] or 0))
-  local epoch = begun[meta]
-  if epoch and epoch == known[1] and tonumber(epoch) == last then return epoch end
+  local known = redis.call('HMGET', meta, 'begun', 'epoch', 'run')
+  local begun, last = tonumber(known[1] or 0), tonumber(known[2] or 0)
+  if begun >= last and known[3] == process() then return known[1] end
   local now = redis.call('TIME')
   local ms = now[1] * 1000 + math.floor(now[2] / 1000)
-  epoch = string.format('%.0f', math.max(ms, last + 1))
-  redis.call('HSET', meta, 'begun', epoch)
+  local epoch = string.format('%.0f', math.max(ms, begun + 1, last + 1))
+  redis.call('HSET', meta, 'begun', epoch, 'run', process())
   for _, count in ipairs{'number', 'appended', 'recorded'} do
     redis.call('HSETNX', meta, count, 0)
   end
-  begun[meta] = epoch
   return epoch
 end
 
--- The epochs, by shard, that go on after what the database has. It can have more than
--- what is left here, and its feeds send none of that again: who has less must be told.
-local joined = {}
-
+-- Has an epoch go on after what the database has. It can have more than what is left
+-- here, and its feeds send none of that again: who has less must be told.
 local function join(meta, position)
   local of, number = string.match(position, '^(%d+)-(%d+)$')
   local state = redis.call('HMGET', meta, 'epoch', 'number', 'appended')
@@ -55,7 +55,7 @@ local function join(meta, position)
     redis.call('HSET', meta, 'epoch', of, 'number', number)
     redis.call('HSET', meta, 'position', position, 'recorded', state[3])
   end
-  joined[meta] = epoch_of(meta)
+  redis.call('HSET', meta, 'joined', epoch_of(meta))
 end
 
 -- Begins a session of a feed, which ends every earlier one. It is named <epoch>-<count>.
@@ -63,11 +63,12 @@ end
 -- answer without it is nothing -> session, last, through, <epoch>-<number>
 local function open_feed(keys, args)
   local meta, feed = keys[1], keys[2]
-  if joined[meta] ~= epoch_of(meta) then
+  local epoch = epoch_of(meta)
+  if redis.call('HGET', meta, 'joined') ~= epoch then
     if not args[1] then return {} end
     join(meta, args[1])
+    epoch = epoch_of(meta)
   end
-  local epoch = joined[meta]
   local state = redis.call('HMGET', feed, 'session', 'last', 'through')
   local session = epoch .. '-' .. string.match(state[1] or '0', '%d+$') + 1
   redis.call('HSET', feed, 'session', session)

@@ -23,6 +23,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from hashlib import blake2b
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -177,17 +178,18 @@ class Bus:
         self._cap_bytes = cap_bytes  # per shard, unrecorded
         self.cap_bytes = cap_bytes * SHARDS
         self._redis = _client(url, TIMEOUT_S)
-        self._source = files("quantplane_server").joinpath("bus.lua").read_text()
+        source = _source()
+        # Each version's functions have names of their own: servers of several may run.
+        version = blake2b(source.encode(), digest_size=4).hexdigest()
+        self.library = f"{LIBRARY}_{version}"
+        self._source = source.replace(LIBRARY, self.library)
 
     async def open(self) -> None:
-        """Load the library unless it is there: loading it begins new epochs."""
-        there: Any = await self._redis.function_list(LIBRARY, withcode=True)
-        if any(self._source.encode() in library for library in there):
-            return
+        """Load the library, unless it is there."""
         try:
-            await self._redis.function_load(self._source, replace=bool(there))
+            await self._redis.function_load(self._source)
         except ResponseError as error:
-            if "already exists" not in str(error):  # by another process, just now
+            if "already exists" not in str(error):
                 raise
 
     async def close(self) -> None:
@@ -235,7 +237,7 @@ class Bus:
 
     async def _open_feed(self, name: str, args: Sequence[tuple[str, ...]]) -> list[Any]:
         return await self._calls(
-            ("quantplane_open_feed", _keys(shard, "meta", f"feed:{name}"), each)
+            ("open_feed", _keys(shard, "meta", f"feed:{name}"), each)
             for shard, each in enumerate(args)
         )
 
@@ -259,7 +261,7 @@ class Bus:
         if not keys:
             return {}
         try:
-            (replies,) = await self._calls([("quantplane_append", keys, args)])
+            (replies,) = await self._calls([("append", keys, args)])
         except OutOfMemoryError:
             raise Full from None
         positions = {}
@@ -281,7 +283,7 @@ class Bus:
         """Keep that every batch to `through` is on all its shards."""
         keys = _keys(shard, "meta", f"feed:{lease.name}")
         args = (lease.sessions[shard], through)
-        await self._calls([("quantplane_note_accepted", keys, args)])
+        await self._calls([("note_accepted", keys, args)])
 
     async def heads(self, shards: Iterable[int]) -> dict[int, Position]:
         """Return the positions of the last entries."""
@@ -301,7 +303,7 @@ class Bus:
         """Return the latest record of each key that has one, and as of where."""
         groups = by_shard(keys)
         replies = await self._calls(
-            ("quantplane_snapshot", _keys(shard, "meta", "latest"), group)
+            ("snapshot", _keys(shard, "meta", "latest"), group)
             for shard, group in groups.items()
         )
         positions = {}
@@ -353,13 +355,12 @@ class Bus:
             keys += _keys(mark.shard, "meta", "stream")
             args += [mark.shard, str(mark.position), mark.appended]
             args += [str(mark.trim_before or "")]
-        await self._calls([("quantplane_mark_recorded", keys, args)])
+        await self._calls([("mark_recorded", keys, args)])
 
     async def backlog(self) -> list[Backlog]:
         """Return what of each shard is not recorded yet."""
         replies = await self._calls(
-            ("quantplane_backlog", _keys(shard, "meta", "stream"), ())
-            for shard in range(SHARDS)
+            ("backlog", _keys(shard, "meta", "stream"), ()) for shard in range(SHARDS)
         )
         return [
             Backlog(int(appended), int(recorded), stamp)
@@ -376,8 +377,7 @@ class Bus:
             await news.subscribe(RECORDED)
             while True:
                 known = await self._calls(
-                    ("quantplane_recorded", _keys(shard, "meta"), ())
-                    for shard in range(SHARDS)
+                    ("recorded", _keys(shard, "meta"), ()) for shard in range(SHARDS)
                 )
                 yield {s: Position.parse(at) for s, at in enumerate(known)}
                 while message := await news.get_message(timeout=NEWS_S):
@@ -431,7 +431,7 @@ class Bus:
         calls = list(calls)
         async with self._redis.pipeline(transaction=False) as pipe:
             for name, keys, args in calls:
-                pipe.fcall(name, len(keys), *keys, *args)
+                pipe.fcall(f"{self.library}_{name}", len(keys), *keys, *args)
             replies = await pipe.execute(raise_on_error=False)
         for error in replies:
             if isinstance(error, ResponseError) and "not found" in str(error):
@@ -440,6 +440,10 @@ class Bus:
             if isinstance(error, Exception):
                 raise error
         return replies
+
+
+def _source() -> str:
+    return files("quantplane_server").joinpath("bus.lua").read_text()
 
 
 def _client(url: str, timeout_s: float) -> redis.Redis:

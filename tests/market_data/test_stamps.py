@@ -205,13 +205,14 @@ async def append(valkey: Any, made: pb.Quote, *stamp: bytes) -> None:
     symbol = made.symbol.encode()
     shard = f"quantplane:{{q{shard_of(symbol)}}}:"
     keys = [shard + name for name in ("meta", "stream", "latest", "feed:own")]
-    opened = await valkey.fcall("quantplane_open_feed", 2, keys[0], keys[3], "0-0")
+    library = Bus("unix:///", cap_bytes=1).library
+    opened = await valkey.fcall(f"{library}_open_feed", 2, keys[0], keys[3], "0-0")
     session = opened[0]
     fields = [symbol, b"", framed(made.SerializeToString())]
     for each in stamp:
         fields += [STAMP, b"", each]
     terms = (1, 0, 1 << 20)
     await valkey.fcall(
-        *("quantplane_append", 4, *keys, *terms),
+        *(f"{library}_append", 4, *keys, *terms),
         *(session, 1, len(fields) // 3, *fields),
     )

@@ -21,6 +21,7 @@ from quantplane_server.telemetry import tracing
 WRITES = re.compile(r"\b(INSERT INTO|UPDATE|DELETE FROM|MERGE INTO)\s+([a-z_]\w*)")
 READS = re.compile(r"\bSELECT\b.*?\bFROM\s+([a-z_]\w*+)(?!\s*\()", re.DOTALL)
 OTHER = re.compile(r"\s*(\w+)")
+VERSION = re.compile(r"_[0-9a-f]{8}(?=_)")  # in the names of the bus's functions
 
 
 NOTHING = nullcontext()
@@ -185,4 +186,4 @@ def _command(args: Any, count: int = 0) -> AbstractContextManager[None]:
         "db.stored_procedure.name": function,
         "db.operation.batch.size": count if count > 1 else 0,
     }
-    return Part(tracing.tracer, f"{name} {function}".rstrip(), told)
+    return Part(tracing.tracer, f"{name} {VERSION.sub('', function)}".rstrip(), told)
