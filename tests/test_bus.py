@@ -1,5 +1,6 @@
 """The bus when its process starts again, with the last of what it had or without."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
 from time import time
@@ -24,6 +25,9 @@ from quantplane_server.bus import (
     unbroken,
 )
 from quantplane_server.fanout import framed
+from quantplane_server.market_data.durability import Durability
+from quantplane_server.tasks import end
+from tests.faults import until
 
 CAP = 1 << 20
 KEY = b"A"
@@ -187,6 +191,22 @@ async def test_positions_go_on_beyond_the_database_whatever_the_clock_says(bus: 
     assert at > ahead
     assert (entry.position, entry.previous) == (at, ahead)
     assert await append(bus, lease, 2) == Position(at.epoch, at.number + 1)
+
+
+async def test_what_may_be_lost_is_not_durable_whatever_is_recorded_after_it(
+    bus: Bus, valkey: redis.Redis
+):
+    durability = Durability(bus)
+    disk = await kept(valkey)
+    lost = await append(bus, await bus.open_feed("feed", nothing))
+    await start_again(valkey, disk)
+    recorded = await append(bus, await bus.open_feed("other", nothing))
+    assert recorded.number == lost.number
+    await bus.mark_recorded([Mark(SHARD, recorded, 0)])
+    following = asyncio.create_task(durability.run())
+    await until(lambda: durability.covers({SHARD: recorded}), "what is recorded")
+    assert not durability.covers({SHARD: lost})
+    await end(following)
 
 
 async def test_another_process_that_opens_the_bus_changes_nothing(

@@ -20,9 +20,12 @@ from quantplane import v1 as pb
 from quantplane.cli import Pace, Tally, store_bars
 from quantplane.errors import reason_of
 from quantplane.files import Report
+from quantplane.publish import QuotePublisher
 from quantplane.tables import event_lines
-from tests.client import refuse, serving, until
+from tests.client import refuse, serving, silence, until
+from tests.client.commands import invoke
 from tests.client.test_files import EURUSD, FUTURE, real_data, real_rows
+from tests.client.test_publish import told
 
 COMMAND = Path(sys.executable).with_name("quantplane")
 Code = grpc.StatusCode
@@ -272,6 +275,25 @@ async def test_a_file_without_rows_stores_nothing(server, symbol, file):
         server.target, "import", "quotes", file("time,bid\n"), "--symbol", symbol
     )
     assert (stored.code, stored.out) == (0, "0 rows read, 0 stored, 0 refused\n")
+
+
+async def test_an_import_fails_whose_rows_the_bus_has_lost(monkeypatch, file):
+    monkeypatch.setattr(QuotePublisher, "MAX_KEPT_BATCHES", 0)
+
+    async def answers(request, context):
+        yield pb.ListSymbolsResponse()
+
+    async def knows_nothing_of_it(requests, context):
+        await anext(requests)
+        yield pb.PublishQuotesResponse(next_batch=2)
+        await silence()
+
+    scripts = answers, told(1, accepted_through=1), knows_nothing_of_it
+    async with serving(*scripts) as (client, _):
+        command = ("import", "quotes", file("time,bid\n2024-01-01,1\n"))
+        stored = await invoke(client.target, *command, "--symbol", "S")
+    assert "1 rows read, 0 stored, 0 refused, 1 not stored" in stored.output
+    assert stored.exit_code == 1
 
 
 # --- bars over a broken connection --------------------------------------------

@@ -1,5 +1,7 @@
 """What callers and operators see when backends are away."""
 
+import re
+from time import monotonic
 from typing import Any
 
 import grpc
@@ -9,6 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from quantplane import Client, reason_of
 from quantplane import v1 as pb
+from quantplane_server.config import Settings
 from quantplane_server.embedded import Postgres, Valkey
 from quantplane_server.main import serving
 from quantplane_server.rpc.health import check
@@ -92,6 +95,32 @@ async def test_a_defect_is_told_without_its_details(
         "INTERNAL",
         "internal error; the server's log has the details",
     )
+
+
+async def test_the_log_tells_some_of_many_errors_and_how_many_more_there_were(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    async def broken(*_: Any) -> None:
+        raise ValueError
+
+    def said() -> list[str]:
+        logger = "quantplane_server.rpc.errors"
+        return [r.getMessage() for r in caplog.records if r.name == logger]
+
+    monkeypatch.setattr("quantplane_server.rpc.errors.ERRORS_PER_S", 1)
+    monkeypatch.setattr("quantplane_server.market_data.queries.symbols_after", broken)
+    made = 0
+    began_s = monotonic()
+    async with serving(settings) as target, Client(target) as client:
+        while not any("more before it" in line for line in said()):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await client.market_data.ListSymbols(pb.ListSymbolsRequest())
+            made += 1
+    left_out = int(re.findall(r"\((\d+) more", said()[-1])[0])
+    assert 0 < left_out == made - len(said())
+    assert len(said()) <= monotonic() - began_s + 1
 
 
 async def test_reflection_names_the_services(server: Server):
