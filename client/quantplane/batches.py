@@ -44,7 +44,7 @@ async def publish_batches(
     backoff, tries = Backoff(), 0
     while True:
         try:
-            sending = _send(method, unsent, unstored, is_retry=tries > 0)
+            sending = _send(method, unsent, unstored)
             async with aclosing(sending):
                 async for request in sending:
                     backoff, tries = Backoff(), 0
@@ -60,19 +60,14 @@ async def publish_batches(
 
 
 async def _send(
-    method: Any, unsent: Iterator[Request], unstored: deque[Request], is_retry: bool
+    method: Any, unsent: Iterator[Request], unstored: deque[Request]
 ) -> AsyncGenerator[Request, None]:
-    """Store `unstored`, then `unsent`, on one connection.
-
-    Where a write meets the end of the call, gRPC says INTERNAL in place of what the
-    server said. So a retry has nothing to write while it waits for its first answer.
-    """
+    """Store `unstored`, then `unsent`, on one connection."""
     call = method()
     sent = through = 0
     try:
         while True:
-            room = 1 if is_retry and not through else IN_FLIGHT
-            while sent < through + room:
+            while sent < through + IN_FLIGHT:
                 if sent - through == len(unstored):
                     if (request := next(unsent, None)) is None:
                         break
@@ -80,7 +75,8 @@ async def _send(
                 request = unstored[sent - through]
                 sent += 1
                 request.batch = sent
-                with suppress(asyncio.InvalidStateError):  # it has ended; `read` tells
+                # A call that has ended can't be written; `read` tells why.
+                with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                     await call.write(request)
             if not unstored:
                 await call.done_writing()

@@ -18,6 +18,7 @@ import grpc
 from grpc.aio import Metadata
 
 from quantplane import state, tracing
+from quantplane.endings import heard
 from quantplane.tls import Tls, from_environment, is_loopback, port_of
 
 Token: TypeAlias = str | Callable[[], str]
@@ -100,13 +101,13 @@ class KnownChannel:
         method = self._channel.unary_stream(*arguments, **options)
         return StreamMethod(method, self._credentials)
 
-    def stream_unary(self, *arguments: Any, **options: Any) -> StreamMethod:
+    def stream_unary(self, *arguments: Any, **options: Any) -> WrittenMethod:
         method = self._channel.stream_unary(*arguments, **options)
-        return StreamMethod(method, self._credentials)
+        return WrittenMethod(method, self._credentials)
 
-    def stream_stream(self, *arguments: Any, **options: Any) -> StreamMethod:
+    def stream_stream(self, *arguments: Any, **options: Any) -> WrittenMethod:
         method = self._channel.stream_stream(*arguments, **options)
-        return StreamMethod(method, self._credentials)
+        return WrittenMethod(method, self._credentials)
 
 
 class KnownMethod:
@@ -133,6 +134,13 @@ class StreamMethod(KnownMethod):
     def __call__(self, *request: Any, metadata: Any = None, **options: Any) -> Any:
         metadata = tracing.with_current(metadata)
         return super().__call__(*request, metadata=metadata, **options)
+
+
+class WrittenMethod(StreamMethod):
+    """As StreamMethod, of several requests."""
+
+    def __call__(self, *request: Any, metadata: Any = None, **options: Any) -> Any:
+        return heard(super().__call__(*request, metadata=metadata, **options))
 
 
 class UnaryMethod(KnownMethod, grpc.aio.UnaryUnaryMultiCallable):  # type: ignore[type-arg]
