@@ -20,7 +20,7 @@ from quantplane_server.backup.archive import Archive
 from quantplane_server.backup.manifest import Part
 from quantplane_server.db import Database
 from quantplane_server.embedded import Postgres
-from quantplane_server.migrate import RestoreUnfinished, check_current
+from quantplane_server.migrate import RestoreUnfinished, check_current, upgrade
 from quantplane_server.testing import fresh_database
 from tests.backup import (
     backup,
@@ -256,7 +256,39 @@ async def test_a_killed_restore_is_told_and_the_next_one_clears_up(
     assert await holdings(empty) == await holdings(source.dsn)
 
 
-async def test_a_full_disk_leaves_an_empty_database(dsn: str, tmp_path: Path):
+async def test_a_target_that_is_lost_while_rows_are_sent_to_it_is_told(
+    dsn: str, empty: str, tmp_path: Path
+):
+    await fill(dsn)
+    file = await backup(dsn, tmp_path / "file", "event_log")
+    await upgrade(empty)
+    async with connected(empty) as holder, connected(empty) as watcher:
+        await holder.execute("SELECT pg_advisory_lock(1)")
+        # Its rows are more than a connection holds, and none is read before the lock.
+        await holder.execute(
+            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
+            " 'BEGIN PERFORM pg_advisory_lock(1); RETURN NEW; END'"
+        )
+        await holder.execute(
+            "CREATE TRIGGER wait BEFORE INSERT ON event_log EXECUTE FUNCTION wait()"
+        )
+        restoring = asyncio.create_task(restore(file, empty))
+        await until(watcher, f"SELECT count(*) > 0 FROM ({COPYING})")
+        await watcher.execute(f"SELECT pg_terminate_backend(pid) FROM ({COPYING})")
+        with pytest.raises(BackupError, match="the target can't be reached"):
+            await restoring
+        assert not await rows(empty, "event_log")
+
+
+COPYING = """
+    SELECT pid FROM pg_stat_activity
+     WHERE datname = current_database() AND query LIKE 'COPY %'
+       AND wait_event = 'advisory'
+"""
+
+
+async def fill(dsn: str) -> None:
+    """Store 40 MB."""
     async with connected(dsn) as connection:
         await connection.execute(
             "ALTER TABLE event_log ALTER payload SET STORAGE EXTERNAL"
@@ -266,6 +298,10 @@ async def test_a_full_disk_leaves_an_empty_database(dsn: str, tmp_path: Path):
             " SELECT 'a', i, '', '', repeat('x', 1 << 20)::bytea"
             " FROM generate_series(1, 40) AS i"
         )
+
+
+async def test_a_full_disk_leaves_an_empty_database(dsn: str, tmp_path: Path):
+    await fill(dsn)
     file = await backup(dsn, tmp_path / "file")
     async with Postgres() as postgres:
         full = await fresh_database(postgres.dsn)

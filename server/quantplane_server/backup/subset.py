@@ -1,5 +1,6 @@
 """Some tables instead of all: by COPY, in one transaction, into a migrated database."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -251,9 +252,18 @@ async def _receive(
     table: str,
     archive: Archive,
 ) -> None:
-    await connection.copy_to_table(
-        into, source=archive.read(copy_of(table)), columns=columns, format="binary"
+    rows = archive.read(copy_of(table))
+    copying = asyncio.create_task(
+        connection.copy_to_table(into, source=rows, columns=columns, format="binary")
     )
+    # asyncpg would wait for ever for room to send more.
+    connection.add_termination_listener(lambda _: copying.cancel())
+    try:
+        await copying
+    except asyncio.CancelledError:
+        if connection.is_closed():
+            raise ConnectionResetError("the connection was lost") from None
+        raise
 
 
 async def _advance_sequences(connection: Connection, table: str) -> None:

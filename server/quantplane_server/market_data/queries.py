@@ -2,7 +2,7 @@
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from io import BytesIO
@@ -107,10 +107,10 @@ async def upsert_quotes(conn: Connection, rows: bytes) -> None:
 
 
 async def _copy(conn: Connection, table: str, rows: bytes) -> None:
-    async def source() -> AsyncIterator[bytes]:
-        yield rows
-
-    await conn.copy_to_table(table, source=source(), columns=_ENCODED, format="binary")
+    # All in one buffer: after each piece that an iterator yields, asyncpg waits for
+    # room to send the next, for ever if the connection is lost then.
+    whole = memoryview(rows)  # bytes would be the name of a file
+    await conn.copy_to_table(table, source=whole, columns=_ENCODED, format="binary")
 
 
 _ENCODED = (
