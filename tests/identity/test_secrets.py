@@ -352,7 +352,10 @@ async def look(run: Run, dsn: str, url: str) -> None:
     await conn.close()
     (sockets,) = parse_qs(urlsplit(dsn).query)["host"]
     log = Path(sockets).with_name("postgres.log")
-    run.told("log", "PostgreSQL", log.read_bytes())
+    # It is written by another process; the canary comes after all that was logged.
+    while CANARY.encode() not in (content := log.read_bytes()):
+        await asyncio.sleep(0.01)
+    run.told("log", "PostgreSQL", content)
     async with redis.Redis.from_url(url) as valkey:
         await valkey.config_set("rdbcompression", "no")
         await valkey.set(CANARY, CANARY)
