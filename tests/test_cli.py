@@ -161,12 +161,14 @@ async def test_a_paper_broker_fills_orders_at_any_server(server: Server):
     async with started("paper", "--target", target, *terms) as run:
         assert await run.ready() == target
         async with Client(target) as client, asyncio.timeout(60):
-            orders = client.follow(client.order.WatchOrders, pb.WatchOrdersRequest())
-            submitting = asyncio.create_task(submit(target))
-            async for response in orders:
-                if fills := [e.execution for e in response.events if e.execution.price]:
-                    break
-        await submitting
+            watch = client.order.WatchOrders
+            async with client.follow(watch, pb.WatchOrdersRequest()) as orders:
+                await anext(orders)  # a snapshot has no orders that are filled
+                await submit(target)
+                async for response in orders:
+                    events = response.events
+                    if fills := [e.execution for e in events if e.execution.price]:
+                        break
         run.process.terminate()
         assert await run.ended() == 0
     assert fills[0].commission == pytest.approx(10 * fills[0].price * 5e-4)

@@ -367,13 +367,14 @@ async def test_the_clients_of_up_reach_a_server_that_wants_certificates(
         for name, value in client.items():
             monkeypatch.setenv(name, value)
         await publish_one(target, 1)
-        await submit(target)
         async with Client(target) as trader, asyncio.timeout(60):
-            request = pb.WatchOrdersRequest()
-            async for response in trader.follow(trader.order.WatchOrders, request):
-                orders = [*response.orders, *(each.order for each in response.events)]
-                if any(order.filled_quantity == 10 for order in orders):
-                    break
+            watch = trader.order.WatchOrders
+            async with trader.follow(watch, pb.WatchOrdersRequest()) as stream:
+                await anext(stream)  # a snapshot has no orders that are filled
+                await submit(target)
+                async for response in stream:
+                    if any(e.order.filled_quantity == 10 for e in response.events):
+                        break
         out = b""
         while out != b"serving\n":  # it is told late where the machine is busy
             async with started("health", "--target", target, **environment) as asked:
