@@ -37,21 +37,22 @@ async def subscriptions(client: Client) -> list[Report]:
 
 
 async def of(client: Client, method: str) -> Report:
-    """Return the only open stream of a method."""
-    (found,) = [
-        each for each in await subscriptions(client) if each.method.endswith(method)
-    ]
-    return found
+    """Return the only open stream of a method, once it is open."""
+    return await becomes(client, method, lambda _: True)
 
 
 async def becomes(
     client: Client, method: str, wanted: Callable[[Report], object]
 ) -> Report:
-    """Wait until the only stream of a method is as wanted."""
+    """Wait until the only stream of a method is open and as wanted."""
     async with asyncio.timeout(PATIENCE_S):
-        while not wanted(report := await of(client, method)):
+        while True:
+            found = await subscriptions(client)
+            reports = [each for each in found if each.method.endswith(method)]
+            assert len(reports) < 2
+            if reports and wanted(reports[0]):
+                return reports[0]
             await asyncio.sleep(0.02)
-    return report
 
 
 async def status(client: Client) -> pb.GetServerStatusResponse:
