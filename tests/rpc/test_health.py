@@ -44,8 +44,10 @@ SERVICES = ["", "recorder", *map(named, main.NEEDS)]
 
 @pytest.fixture(autouse=True)
 def checked_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "CHECK_S", 0.2)
-    monkeypatch.setattr(main, "CHECK_S", 0.2)
+    """What answers is checked often, and not given up because the machine is busy."""
+    monkeypatch.setattr(health, "INTERVAL_S", 0.1)
+    monkeypatch.setattr(health, "CHECK_S", PATIENCE_S)
+    monkeypatch.setattr(main, "CHECK_S", PATIENCE_S)
 
 
 class Watcher:
@@ -263,8 +265,9 @@ async def test_a_database_that_is_being_restored_is_not_served(
 
 
 async def test_who_has_no_connection_left_says_so_and_serves_again_by_itself(
-    settings: Settings, conn: asyncpg.Connection
+    settings: Settings, conn: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(main, "CHECK_S", 0.2)
     settings = settings.model_copy(update={"pool_size": 2})
     async with AsyncExitStack() as stack:
         target = await stack.enter_async_context(serving(settings))

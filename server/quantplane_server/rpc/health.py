@@ -20,7 +20,8 @@ from quantplane_server.rpc.interceptor import Context
 
 logger = logging.getLogger(__name__)
 
-CHECK_S = 1.0
+INTERVAL_S = 1.0  # between checks
+CHECK_S = 1.0  # that a check may take
 
 Check = Callable[[], Awaitable[object]]  # raises where something is wrong
 Status = health_pb2.HealthCheckResponse
@@ -59,7 +60,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         """Check until cancelled."""
         while True:
             await self.check()
-            await asyncio.sleep(CHECK_S)
+            await asyncio.sleep(INTERVAL_S)
 
     async def check(self) -> None:
         """Check all backends, side by side."""
