@@ -53,6 +53,12 @@ async def until_logged(lines: Lines, **fields: Any) -> dict[str, Any]:
     return found[0]
 
 
+async def all_ended() -> None:
+    """Wait until each call has its line: a caller is answered before its call ends."""
+    while metrics.CALLS.total():
+        await asyncio.sleep(0.01)
+
+
 # --- Calls --------------------------------------------------------------------------
 
 
@@ -108,8 +114,7 @@ async def test_of_hot_calls_some_are_lines_and_the_others_counted(
     monkeypatch.setattr(logs, "monotonic", lambda: now)
     for _ in range(logs.LINES_PER_S + 5):
         await list_symbols(client)
-    while metrics.CALLS.total():  # a caller is answered before its call has ended
-        await asyncio.sleep(0.01)
+    await all_ended()
     now += 1
     await list_symbols(client)
     line = await until_logged(lines, left_out=5)
@@ -128,7 +133,7 @@ async def test_errors_have_a_share_of_their_own(
     for _ in range(3):
         with pytest.raises(grpc.aio.AioRpcError):
             await client.order.ListOrders(request)
-    await until_logged(lines, code="INVALID_ARGUMENT")
+    await all_ended()
     assert len(lines.of("quantplane.calls", code="INVALID_ARGUMENT")) == 3
 
 
