@@ -42,7 +42,9 @@ async def test_an_order_has_a_span_for_each_step_of_its_call(
     with tracer.start_as_current_span("decide"):
         await submit(client)
     decide = await receiver.one("decide")
+    # Neither is waited for by who is answered.
     await receiver.one("announce orders")
+    await receiver.one("OrderService/SubmitOrder", kind="SERVER")
     assert receiver.tree(decide) == (
         "decide",
         [
