@@ -28,7 +28,8 @@ async def test_subscriptions_that_ended_hold_no_connections_to_the_bus(
         async def followers() -> int:
             return sum(each["cmd"] == "xread" for each in await client.client_list())
 
-        before = await followers()
+        while not (before := await followers()):  # of what is recorded
+            await asyncio.sleep(0.01)
         for number in range(SUBSCRIPTIONS):
             request = pb.SubscribeQuotesRequest(symbols=[f"S{number}"])
             await calls.response(named("SubscribeQuotes"), admin, request)

@@ -1,6 +1,5 @@
 """One trace through several processes, as Jaeger would show it."""
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,8 +8,8 @@ import pytest
 
 from quantplane import Client
 from quantplane_server.config import Settings
-from quantplane_server.processes import Child
-from quantplane_server.tasks import end
+from quantplane_server.processes import Child, running
+from tests.admin.test_subscriptions import becomes, states
 from tests.market_data import quote
 from tests.orders import submit, watching
 from tests.postgres import KEY
@@ -64,12 +63,9 @@ def shown(
 @asynccontextmanager
 async def kept(child: Child) -> AsyncIterator[None]:
     """Keep a process while the block runs, from when it is ready."""
-    task = asyncio.create_task(child.keep())
-    await child.ready()
-    try:
+    async with running(child):
+        await child.ready()
         yield
-    finally:
-        await end(task)
 
 
 async def trade(target: str, tracer: Any) -> str:
@@ -79,6 +75,8 @@ async def trade(target: str, tracer: Any) -> str:
         client.publish_quotes() as feed,
         watching(client) as stream,
     ):
+        # An order of its snapshot would be of no trace to the broker.
+        await becomes(client, "WatchBrokerCommands", states("LIVE"))
         await feed.send([quote("A", 100, ask_size=50)])
         await feed.flush()
         with tracer.start_as_current_span("decide"):

@@ -12,6 +12,7 @@ from quantplane import Client
 from quantplane import v1 as pb
 from quantplane.publish import QuotePublisher
 from quantplane.tracing import caused_by, context_of
+from tests.admin.test_subscriptions import becomes, states
 from tests.market_data import quote, until
 from tests.orders import cancel, events, fill, submit, watching
 from tests.paper.test_broker import broking
@@ -181,6 +182,8 @@ async def test_an_order_is_one_trace_from_the_decision_to_the_news_of_its_fill(
     client: Client, target: str, receiver: Receiver, tracer: Any
 ):
     async with broking(target), client.publish_quotes() as feed, watching(client) as w:
+        # An order of its snapshot would be of no trace to the broker.
+        await becomes(client, "WatchBrokerCommands", states("LIVE"))
         await feed.send([quote("A", 100, ask_size=50)])
         await feed.flush()
         with tracer.start_as_current_span("decide"):
