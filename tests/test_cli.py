@@ -21,6 +21,7 @@ from quantplane import v1 as pb
 from quantplane_server.config import Settings
 from tests.conftest import Server
 from tests.market_data import quote
+from tests.orders import watching
 from tests.postgres import database
 
 COMMAND = Path(sys.executable).with_name("quantplane-server")
@@ -160,15 +161,15 @@ async def test_a_paper_broker_fills_orders_at_any_server(server: Server):
     terms = ("--commission-bps", "5", "--latency-ms", "1", "--symbol", "A")
     async with started("paper", "--target", target, *terms) as run:
         assert await run.ready() == target
-        async with Client(target) as client, asyncio.timeout(60):
-            watch = client.order.WatchOrders
-            async with client.follow(watch, pb.WatchOrdersRequest()) as orders:
-                await anext(orders)  # a snapshot has no orders that are filled
-                await submit(target)
-                async for response in orders:
-                    events = response.events
-                    if fills := [e.execution for e in events if e.execution.price]:
-                        break
+        async with (
+            asyncio.timeout(60),
+            Client(target) as client,
+            watching(client) as stream,
+        ):
+            await submit(target)
+            async for response in stream:
+                if fills := [e.execution for e in response.events if e.execution.price]:
+                    break
         run.process.terminate()
         assert await run.ended() == 0
     assert fills[0].commission == pytest.approx(10 * fills[0].price * 5e-4)

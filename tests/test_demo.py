@@ -67,7 +67,7 @@ async def running(target: str, console: Console) -> AsyncIterator[None]:
         yield
     finally:
         task.cancel()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(2):
             with suppress(asyncio.CancelledError):
                 await task
 

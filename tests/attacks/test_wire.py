@@ -6,9 +6,8 @@ from typing import Any
 import grpc
 import pytest
 
-from quantplane import reason_of
 from quantplane import v1 as pb
-from tests.identity.callers import Channel, Metadata, named, path
+from tests.identity.callers import Channel, Metadata, named, outcome, path
 
 LEVELS = 10_000
 
@@ -55,11 +54,7 @@ async def told(calls: Channel, name: str, sent: Metadata, data: bytes) -> str:
     back = "stream" if method.server_streaming else "unary"
     begin = getattr(calls.opened, f"{kind}_{back}")(path(method))
     call: Any = begin(iter([data]) if kind == "stream" else data, metadata=sent)
-    try:
-        await (call.read() if back == "stream" else call)
-    except grpc.aio.AioRpcError as error:
-        return reason_of(error) or error.code().name
-    return "OK"
+    return await outcome(call.read() if back == "stream" else call)
 
 
 async def test_a_request_that_can_t_be_parsed_is_an_invalid_one(

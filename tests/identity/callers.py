@@ -1,6 +1,6 @@
 """Users and keys as rows, and calls of every method of the contract."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -76,6 +76,15 @@ async def people_of(dsn: str) -> AsyncIterator[People]:
         await conn.close()
 
 
+async def outcome(call: Awaitable[Any]) -> str:
+    """Await a call; return the reason of its error, or its code, or OK."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return reason_of(error) or error.code().name
+    return "OK"
+
+
 class Channel:
     """Calls any method, and says what comes of it."""
 
@@ -116,11 +125,7 @@ class Channel:
         self, method: MethodDescriptor, metadata: Metadata, request: Any = None
     ) -> str:
         """Return the reason of the error, or OK."""
-        try:
-            await self.response(method, metadata, request)
-        except grpc.aio.AioRpcError as error:
-            return reason_of(error) or error.code().name
-        return "OK"
+        return await outcome(self.response(method, metadata, request))
 
     async def answers(self, metadata: Metadata) -> dict[str, str]:
         """Return what every method of the contract says to an empty request."""

@@ -3,20 +3,21 @@
 import asyncio
 import resource
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grpc
 import pytest
 
-from quantplane import Client, Tls, reason_of
+from quantplane import Client, Tls
 from quantplane import v1 as pb
 from quantplane_server import main
 from quantplane_server.config import Settings
 from quantplane_server.main import serving
 from quantplane_server.rpc import auth, interceptor
+from tests.identity.callers import outcome
 from tests.market_data import quote
 from tests.postgres import KEY
 from tests.rpc.certificates import Authority, tls_of
@@ -227,7 +228,7 @@ async def test_calls_beyond_the_limit_are_refused_until_one_ends(
 
         async def becomes(wanted: str, tries: int) -> bool:
             for _ in range(tries):
-                if await code(client.market_data.ListSymbols(SYMBOLS)) == wanted:
+                if await outcome(client.market_data.ListSymbols(SYMBOLS)) == wanted:
                     return True
             return False
 
@@ -251,18 +252,10 @@ async def never() -> AsyncIterator[bytes]:
     yield b""
 
 
-async def code(call: Awaitable[Any]) -> str:
-    try:
-        await call
-    except grpc.aio.AioRpcError as error:
-        return reason_of(error) or error.code().name
-    return "OK"
-
-
 async def test_who_is_not_known_is_refused_before_the_request_has_come(
     channel: grpc.aio.Channel,
 ):
-    assert await code(channel.stream_unary(METHOD)(never())) == "UNAUTHENTICATED"
+    assert await outcome(channel.stream_unary(METHOD)(never())) == "UNAUTHENTICATED"
 
 
 @pytest.mark.parametrize("method", [LOGIN, HEALTH])
@@ -270,7 +263,7 @@ async def test_where_nobody_need_be_known_the_request_must_come_in_time(
     channel: grpc.aio.Channel, method: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(interceptor, "REQUEST_S", 0.1)
-    assert await code(channel.stream_unary(method)(never())) == "DEADLINE_EXCEEDED"
+    assert await outcome(channel.stream_unary(method)(never())) == "DEADLINE_EXCEEDED"
 
 
 async def test_a_call_without_any_request_is_refused(channel: grpc.aio.Channel):
@@ -278,7 +271,7 @@ async def test_a_call_without_any_request_is_refused(channel: grpc.aio.Channel):
         for nothing in ():
             yield nothing
 
-    assert await code(channel.stream_unary(LOGIN)(none())) == "INVALID_ARGUMENT"
+    assert await outcome(channel.stream_unary(LOGIN)(none())) == "INVALID_ARGUMENT"
 
 
 async def test_strangers_of_one_address_leave_calls_to_others(
@@ -293,7 +286,7 @@ async def test_strangers_of_one_address_leave_calls_to_others(
         watches = [channel.unary_stream(WATCH)(b"") for _ in range(3)]
         for watch in watches:
             await watch.read()
-        assert await code(channel.unary_unary(HEALTH)(b"")) == "RATE_LIMITED"
+        assert await outcome(channel.unary_unary(HEALTH)(b"")) == "RATE_LIMITED"
         await client.market_data.ListSymbols(SYMBOLS)
 
 

@@ -19,6 +19,7 @@ from quantplane_server.config import Settings
 from quantplane_server.main import serving
 from quantplane_server.rpc import tls
 from tests.market_data import quote
+from tests.orders import watching
 from tests.rpc.certificates import Authority, tls_of
 from tests.rpc.test_errors import watched
 from tests.test_cli import failed, publish_one, started, submit
@@ -367,14 +368,15 @@ async def test_the_clients_of_up_reach_a_server_that_wants_certificates(
         for name, value in client.items():
             monkeypatch.setenv(name, value)
         await publish_one(target, 1)
-        async with Client(target) as trader, asyncio.timeout(60):
-            watch = trader.order.WatchOrders
-            async with trader.follow(watch, pb.WatchOrdersRequest()) as stream:
-                await anext(stream)  # a snapshot has no orders that are filled
-                await submit(target)
-                async for response in stream:
-                    if any(e.order.filled_quantity == 10 for e in response.events):
-                        break
+        async with (
+            asyncio.timeout(60),
+            Client(target) as trader,
+            watching(trader) as stream,
+        ):
+            await submit(target)
+            async for response in stream:
+                if any(e.order.filled_quantity == 10 for e in response.events):
+                    break
         out = b""
         while out != b"serving\n":  # it is told late where the machine is busy
             async with started("health", "--target", target, **environment) as asked:
